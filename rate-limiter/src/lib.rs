@@ -1,0 +1,10 @@
+//! Token buckets and a hierarchy of them (link → group → VM), without a clock or I/O.
+//!
+//! Everything here takes `now` and returns the next deadline: the caller owns the clock and the
+//! sockets, so that tests run in virtual time.
+
+#![forbid(unsafe_code)]
+
+pub mod units;
+
+pub use units::{Bytes, BytesPerSecond};

@@ -1,0 +1,7 @@
+//! The sidecar: one per host, it carries, paces, holds and commits the migrations of a group.
+//!
+//! The core is made of sans-I/O state machines (`qmp`, `relay`, `hold`, `migration`, `commit`,
+//! `protocol`): they take input and the time, and return output and the next deadline. `daemon`
+//! drives them from one mio event loop.
+
+pub mod protocol;

@@ -1,0 +1,606 @@
+//! Lines of JSON: framing with a bound, requests and answers, events with their timestamp.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::command::{Command, RunArgs};
+use super::event::{Envelope, Event};
+
+/// Longest line accepted from a control client.
+pub const MAX_LINE_BYTES: usize = 256 * 1024;
+
+/// Collects bytes and hands out whole lines, none longer than its limit.
+#[derive(Debug)]
+pub struct LineBuffer {
+    bytes: Vec<u8>,
+    scanned: usize,
+    limit: usize,
+    skipping: bool,
+}
+
+/// What [`LineBuffer::next_line`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Line {
+    /// A whole line without its end.
+    Whole(Vec<u8>),
+    /// A line over the limit; it was dropped up to its end.
+    TooLong,
+}
+
+impl LineBuffer {
+    /// A buffer for lines of up to `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self {
+            bytes: Vec::new(),
+            scanned: 0,
+            limit,
+            skipping: false,
+        }
+    }
+
+    /// Takes what was read from the peer.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next whole line, if there is one. Empty lines are passed over.
+    pub fn next_line(&mut self) -> Option<Line> {
+        loop {
+            let Some(offset) = self.bytes[self.scanned..].iter().position(|&b| b == b'\n') else {
+                self.scanned = self.bytes.len();
+                if self.bytes.len() > self.limit {
+                    self.bytes.clear();
+                    self.scanned = 0;
+                    if !self.skipping {
+                        self.skipping = true;
+                        return Some(Line::TooLong);
+                    }
+                }
+                return None;
+            };
+            let end = self.scanned + offset;
+            let rest = self.bytes.split_off(end + 1);
+            let mut line = std::mem::replace(&mut self.bytes, rest);
+            self.scanned = 0;
+            line.pop();
+            if self.skipping {
+                self.skipping = false;
+                continue;
+            }
+            if line.last() == Some(&b'\r') {
+                line.pop();
+            }
+            if line.len() > self.limit {
+                return Some(Line::TooLong);
+            }
+            if !line.iter().all(u8::is_ascii_whitespace) {
+                return Some(Line::Whole(line));
+            }
+        }
+    }
+}
+
+/// An error as QMP writes it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{desc}")]
+pub struct CommandError {
+    /// QMP's error class.
+    pub class: ErrorClass,
+    /// For people.
+    pub desc: String,
+}
+
+/// QMP's error classes; clients switch on these only for `CommandNotFound`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorClass {
+    /// Everything without a class of its own.
+    GenericError,
+    /// The command does not exist, or not in this mode.
+    CommandNotFound,
+}
+
+impl CommandError {
+    /// An error of the generic class.
+    pub fn generic(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::GenericError,
+            desc: desc.into(),
+        }
+    }
+
+    /// The command is not known (here, or yet).
+    pub fn not_found(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::CommandNotFound,
+            desc: desc.into(),
+        }
+    }
+}
+
+/// A command line, read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The client's `id`, given back in the answer.
+    pub id: Option<Value>,
+    /// Whether it came as `exec-oob`.
+    pub oob: bool,
+    /// The command, or why it could not be read.
+    pub command: Result<Command, CommandError>,
+}
+
+/// Reads one line as a request.
+#[must_use]
+pub fn read_request(line: &[u8]) -> Request {
+    let bad = |id, oob, error| Request {
+        id,
+        oob,
+        command: Err(error),
+    };
+    let value: Value = match serde_json::from_slice(line) {
+        Ok(value) => value,
+        Err(error) => {
+            let error = CommandError::generic(format!("invalid JSON: {error}"));
+            return bad(None, false, error);
+        }
+    };
+    let Value::Object(mut object) = value else {
+        return bad(
+            None,
+            false,
+            CommandError::generic("a command is a JSON object"),
+        );
+    };
+    let id = object.remove("id");
+    let oob = object.contains_key("exec-oob");
+    let name = match (object.remove("execute"), object.remove("exec-oob")) {
+        (Some(Value::String(name)), None) | (None, Some(Value::String(name))) => name,
+        (None, None) => {
+            let error = CommandError::generic("`execute` or `exec-oob` is missing");
+            return bad(id, oob, error);
+        }
+        (Some(_), Some(_)) => {
+            let error = CommandError::generic("`execute` and `exec-oob` exclude each other");
+            return bad(id, oob, error);
+        }
+        _ => {
+            return bad(
+                id,
+                oob,
+                CommandError::generic("the command's name must be a string"),
+            );
+        }
+    };
+    let arguments = object
+        .remove("arguments")
+        .unwrap_or_else(|| Value::Object(Map::new()));
+    if let Some(key) = object.keys().next() {
+        let error = CommandError::generic(format!("`{key}` does not belong in a command"));
+        return bad(id, oob, error);
+    }
+    if !arguments.is_object() {
+        return bad(
+            id,
+            oob,
+            CommandError::generic("`arguments` must be an object"),
+        );
+    }
+    let command = read_command(&name, arguments);
+    Request { id, oob, command }
+}
+
+fn arguments<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, CommandError> {
+    serde_json::from_value(value)
+        .map_err(|error| CommandError::generic(format!("arguments of `{name}`: {error}")))
+}
+
+fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
+    use Command as C;
+    macro_rules! with {
+        ($variant:ident) => {
+            C::$variant(arguments(name, value)?)
+        };
+    }
+    macro_rules! plain {
+        ($variant:ident) => {{
+            let super::command::NoArgs {} = arguments(name, value)?;
+            C::$variant
+        }};
+    }
+    Ok(match name {
+        "qmp_capabilities" => with!(Capabilities),
+        "query-muster-schema" => plain!(QuerySchema),
+        "query-status" => plain!(QueryStatus),
+        "query-host" => plain!(QueryHost),
+        "query-vms" => plain!(QueryVms),
+        "query-vm" => with!(QueryVm),
+        "query-settings" => plain!(QuerySettings),
+        "query-run" => with!(QueryRun),
+        "query-decision" => with!(QueryDecision),
+        "prepare" => with!(Prepare),
+        "start" => with!(Start),
+        "pace" => with!(Pace),
+        "hold" => with!(Hold),
+        "arm" => with!(Arm),
+        "disarm" => with!(Disarm),
+        "release" => with!(Release),
+        "continue" => with!(Continue),
+        "decide" => with!(Decide),
+        "commit" => with!(Commit),
+        "abort" => with!(Abort),
+        "finish" => with!(Finish),
+        "throttle" => with!(Throttle),
+        "yank" => with!(Yank),
+        "keep-alive" => with!(KeepAlive),
+        "set-report-interval" => with!(SetReportInterval),
+        "recover" => with!(Recover),
+        _ => {
+            let desc = format!("the command `{name}` is not known; see query-muster-schema");
+            return Err(CommandError::not_found(desc));
+        }
+    })
+}
+
+impl Command {
+    /// The command's name on the wire.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Capabilities(_) => "qmp_capabilities",
+            Self::QuerySchema => "query-muster-schema",
+            Self::QueryStatus => "query-status",
+            Self::QueryHost => "query-host",
+            Self::QueryVms => "query-vms",
+            Self::QueryVm(_) => "query-vm",
+            Self::QuerySettings => "query-settings",
+            Self::QueryRun(_) => "query-run",
+            Self::QueryDecision(_) => "query-decision",
+            Self::Prepare(_) => "prepare",
+            Self::Start(_) => "start",
+            Self::Pace(_) => "pace",
+            Self::Hold(_) => "hold",
+            Self::Arm(_) => "arm",
+            Self::Disarm(_) => "disarm",
+            Self::Release(_) => "release",
+            Self::Continue(_) => "continue",
+            Self::Decide(_) => "decide",
+            Self::Commit(_) => "commit",
+            Self::Abort(_) => "abort",
+            Self::Finish(_) => "finish",
+            Self::Throttle(_) => "throttle",
+            Self::Yank(_) => "yank",
+            Self::KeepAlive(_) => "keep-alive",
+            Self::SetReportInterval(_) => "set-report-interval",
+            Self::Recover(_) => "recover",
+        }
+    }
+
+    /// Whether it may be sent as `exec-oob`.
+    #[must_use]
+    pub fn allows_oob(&self) -> bool {
+        matches!(self, Self::Abort(_) | Self::Yank(_))
+    }
+
+    /// Run and epoch of a mutating command.
+    #[must_use]
+    pub fn run(&self) -> Option<RunArgs> {
+        let (run, epoch) = match self {
+            Self::Prepare(a) => (a.run, a.epoch),
+            Self::Start(a) => (a.run, a.epoch),
+            Self::Pace(a) => (a.run, a.epoch),
+            Self::Hold(a) | Self::Yank(a) => (a.run, a.epoch),
+            Self::Finish(a) => (a.run, a.epoch),
+            Self::Throttle(a) => (a.run, a.epoch),
+            Self::SetReportInterval(a) => (a.run, a.epoch),
+            Self::Arm(a)
+            | Self::Disarm(a)
+            | Self::Release(a)
+            | Self::Continue(a)
+            | Self::Commit(a)
+            | Self::Abort(a)
+            | Self::KeepAlive(a) => return Some(*a),
+            _ => return None,
+        };
+        Some(RunArgs { run, epoch })
+    }
+
+    fn arguments(&self) -> Value {
+        fn value<T: Serialize>(args: &T) -> Value {
+            serde_json::to_value(args).unwrap_or(Value::Null)
+        }
+        match self {
+            Self::QuerySchema
+            | Self::QueryStatus
+            | Self::QueryHost
+            | Self::QueryVms
+            | Self::QuerySettings => json!({}),
+            Self::Capabilities(a) => value(a),
+            Self::QueryVm(a) => value(a),
+            Self::QueryRun(a) | Self::QueryDecision(a) => value(a),
+            Self::Prepare(a) => value(a),
+            Self::Start(a) => value(a),
+            Self::Pace(a) => value(a),
+            Self::Hold(a) | Self::Yank(a) => value(a),
+            Self::Arm(a)
+            | Self::Disarm(a)
+            | Self::Release(a)
+            | Self::Continue(a)
+            | Self::Commit(a)
+            | Self::Abort(a)
+            | Self::KeepAlive(a) => value(a),
+            Self::Decide(a) => value(a),
+            Self::Finish(a) => value(a),
+            Self::Throttle(a) => value(a),
+            Self::SetReportInterval(a) => value(a),
+            Self::Recover(a) => value(a),
+        }
+    }
+
+    /// The command as a line, with `id`; out-of-band where it may be.
+    #[must_use]
+    pub fn to_line(&self, id: u64) -> Vec<u8> {
+        let verb = if self.allows_oob() {
+            "exec-oob"
+        } else {
+            "execute"
+        };
+        line(&json!({ verb: self.name(), "arguments": self.arguments(), "id": id }))
+    }
+}
+
+fn line(value: &Value) -> Vec<u8> {
+    let mut bytes = value.to_string().into_bytes();
+    bytes.push(b'\n');
+    bytes
+}
+
+/// The greeting, as a line.
+#[must_use]
+pub fn greeting_line(host: &str) -> Vec<u8> {
+    line(&json!({
+        "QMP": {
+            "version": {
+                "muster": {
+                    "major": super::PROTOCOL_MAJOR,
+                    "minor": super::PROTOCOL_MINOR,
+                },
+                "package": env!("CARGO_PKG_VERSION"),
+                "host": host,
+            },
+            "capabilities": ["oob"],
+        }
+    }))
+}
+
+/// The answer to a request, as a line.
+#[must_use]
+pub fn answer_line(id: Option<&Value>, answer: &Result<Value, CommandError>) -> Vec<u8> {
+    let mut object = match answer {
+        Ok(value) => json!({ "return": value }),
+        Err(error) => {
+            let class = match error.class {
+                ErrorClass::GenericError => "GenericError",
+                ErrorClass::CommandNotFound => "CommandNotFound",
+            };
+            json!({ "error": { "class": class, "desc": error.desc } })
+        }
+    };
+    if let Some(id) = id {
+        object["id"] = id.clone();
+    }
+    line(&object)
+}
+
+/// An event, as a line.
+#[must_use]
+pub fn event_line(envelope: &Envelope) -> Vec<u8> {
+    let mut value = serde_json::to_value(&envelope.event).unwrap_or(Value::Null);
+    value["data"]["run"] = json!(envelope.run);
+    value["data"]["seq"] = json!(envelope.seq);
+    value["timestamp"] = json!({
+        "seconds": envelope.at_us.div_euclid(1_000_000),
+        "microseconds": envelope.at_us.rem_euclid(1_000_000),
+    });
+    line(&value)
+}
+
+/// What a client reads from a sidecar.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ServerMessage {
+    /// The greeting: protocol major version, minor version, host.
+    Greeting {
+        /// Protocol major version.
+        major: u32,
+        /// Protocol minor version.
+        minor: u32,
+        /// The sidecar's host name.
+        host: String,
+    },
+    /// The answer to the command with this id.
+    Answer {
+        /// The id that the command carried.
+        id: Option<u64>,
+        /// What it returned.
+        result: Result<Value, CommandError>,
+    },
+    /// An event.
+    Event(Box<Envelope>),
+}
+
+/// Reads one line from a sidecar. `None`: an event or message of a newer minor version.
+///
+/// # Errors
+/// The line is no JSON object.
+pub fn read_server_message(line: &[u8]) -> Result<Option<ServerMessage>, CommandError> {
+    let mut value: Value = serde_json::from_slice(line)
+        .map_err(|error| CommandError::generic(format!("invalid JSON: {error}")))?;
+    if let Some(greeting) = value.get("QMP") {
+        let muster = &greeting["version"]["muster"];
+        let number = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        let (Some(major), Some(minor)) = (number(&muster["major"]), number(&muster["minor"]))
+        else {
+            return Err(CommandError::generic(
+                "the peer greets as QMP but is no muster-sidecar (a QEMU monitor?)",
+            ));
+        };
+        let host = greeting["version"]["host"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        return Ok(Some(ServerMessage::Greeting { major, minor, host }));
+    }
+    let id = value.get("id").and_then(Value::as_u64);
+    if let Some(result) = value.get_mut("return") {
+        return Ok(Some(ServerMessage::Answer {
+            id,
+            result: Ok(result.take()),
+        }));
+    }
+    if let Some(error) = value.get("error") {
+        let desc = error["desc"]
+            .as_str()
+            .unwrap_or("no description")
+            .to_owned();
+        let class = match error["class"].as_str() {
+            Some("CommandNotFound") => ErrorClass::CommandNotFound,
+            _ => ErrorClass::GenericError,
+        };
+        let result = Err(CommandError { class, desc });
+        return Ok(Some(ServerMessage::Answer { id, result }));
+    }
+    Ok(read_event(value).map(|envelope| ServerMessage::Event(Box::new(envelope))))
+}
+
+fn read_event(mut value: Value) -> Option<Envelope> {
+    let stamp = &value["timestamp"];
+    let seconds = stamp["seconds"].as_i64()?;
+    let micros = stamp["microseconds"].as_i64()?;
+    let at_us = seconds.checked_mul(1_000_000)?.checked_add(micros)?;
+    let data = value.get_mut("data")?.as_object_mut()?;
+    let run: Uuid = serde_json::from_value(data.remove("run")?).ok()?;
+    let seq = data.remove("seq")?.as_u64()?;
+    let event: Event = serde_json::from_value(json!({
+        "event": value["event"],
+        "data": value["data"],
+    }))
+    .ok()?;
+    Some(Envelope {
+        run,
+        seq,
+        at_us,
+        event,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::protocol::types::{Role, RoundReport};
+
+    #[test]
+    fn lines_come_whole_and_bounded() {
+        let mut buffer = LineBuffer::new(8);
+        buffer.push(b"ab\r\n\n  \ncd");
+        assert_eq!(buffer.next_line(), Some(Line::Whole(b"ab".to_vec())));
+        assert_eq!(buffer.next_line(), None);
+        buffer.push(b"ef\n0123456789");
+        assert_eq!(buffer.next_line(), Some(Line::Whole(b"cdef".to_vec())));
+        assert_eq!(buffer.next_line(), Some(Line::TooLong));
+        buffer.push(b"still the same line\nnext\n");
+        assert_eq!(buffer.next_line(), Some(Line::Whole(b"next".to_vec())));
+        assert_eq!(buffer.next_line(), None);
+    }
+
+    #[test]
+    fn every_command_survives_the_wire() {
+        let run = Uuid::from_u128(7);
+        let at = RunArgs { run, epoch: 3 };
+        for command in [
+            Command::QuerySchema,
+            Command::Arm(at),
+            Command::Abort(at),
+            Command::KeepAlive(at),
+            Command::QueryRun(super::super::command::QueryRunArgs { run }),
+        ] {
+            let mut text = command.to_line(9);
+            text.pop();
+            let request = read_request(&text);
+            assert_eq!(request.command, Ok(command));
+            assert_eq!(request.id, Some(json!(9)));
+        }
+    }
+
+    #[test]
+    fn events_survive_the_wire() {
+        let round = RoundReport {
+            round: 2,
+            sent_bytes: 3,
+            dirtied_bytes: 4,
+            duration_ms: 5,
+        };
+        for event in [
+            Event::Round {
+                vm: "db".into(),
+                round,
+            },
+            Event::Arrived {
+                vm: "db".into(),
+                role: Role::Destination,
+            },
+            Event::Status { vms: vec![] },
+        ] {
+            let envelope = Envelope {
+                run: Uuid::from_u128(1),
+                seq: 5,
+                at_us: 1_500_000,
+                event,
+            };
+            let mut text = event_line(&envelope);
+            text.pop();
+            let message = read_server_message(&text);
+            assert_eq!(message, Ok(Some(ServerMessage::Event(Box::new(envelope)))));
+        }
+    }
+
+    #[test]
+    fn wrong_requests_are_answered_not_dropped() {
+        for text in [
+            "1",
+            "{",
+            "[]",
+            "{}",
+            r#"{"execute": 1}"#,
+            r#"{"execute": "arm", "exec-oob": "arm"}"#,
+            r#"{"execute": "arm"}"#,
+            r#"{"execute": "arm", "arguments": []}"#,
+            r#"{"execute": "arm", "arguments": {"run": "x", "epoch": 1}}"#,
+            r#"{"execute": "query-status", "arguments": {"extra": 1}}"#,
+            r#"{"execute": "query-status", "extra": 1}"#,
+        ] {
+            let request = read_request(text.as_bytes());
+            let error = request.command.expect_err(text);
+            assert_eq!(error.class, ErrorClass::GenericError, "{text}");
+        }
+        let unknown = read_request(br#"{"execute": "fly", "id": "a"}"#);
+        assert_eq!(
+            unknown.command.expect_err("unknown").class,
+            ErrorClass::CommandNotFound
+        );
+        assert_eq!(unknown.id, Some(json!("a")));
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = read_request(&bytes);
+            let _ = read_server_message(&bytes);
+            let mut buffer = LineBuffer::new(50);
+            buffer.push(&bytes);
+            while buffer.next_line().is_some() {}
+        }
+    }
+}

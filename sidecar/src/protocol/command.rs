@@ -1,0 +1,321 @@
+//! The commands of the control protocol and their arguments.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::types::{RecordValue, Role};
+
+/// Names the run that a command belongs to. Every mutating command carries both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunArgs {
+    /// The run (one per group and attempt).
+    pub run: Uuid,
+    /// The coordinator's epoch; commands of an older one are refused.
+    pub epoch: u64,
+}
+
+/// `prepare`: takes part in a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// Which end this sidecar is for these VMs.
+    pub role: Role,
+    /// Control address of the sidecar that keeps the decision: `unix:PATH` or `tcp:HOST:PORT`.
+    pub register: String,
+    /// After so long without a word from the coordinator the register is asked, in ms.
+    #[serde(default = "default_lease_ms")]
+    pub lease_ms: u64,
+    /// Interval of STATUS events in ms.
+    #[serde(default = "default_report_interval_ms")]
+    pub report_interval_ms: u64,
+    /// The group's downtime limit in ms.
+    #[serde(default = "default_max_downtime_ms")]
+    pub max_downtime_ms: u64,
+    /// Keep the VMs in wait-and-copy until `release`; without it each switches over by itself as
+    /// soon as it converges (the sequential and parallel baselines).
+    #[serde(default = "default_true")]
+    pub hold: bool,
+    /// Whether `throttle` may be used in this run (auto-converge is switched on for it).
+    #[serde(default)]
+    pub throttle: bool,
+    /// multifd channels, 0 for none.
+    #[serde(default)]
+    pub multifd_channels: u8,
+    /// When pre-copy ends for a VM.
+    #[serde(default)]
+    pub termination: Termination,
+    /// The VMs.
+    pub vms: Vec<PrepareVm>,
+}
+
+/// One VM in `prepare`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareVm {
+    /// The name in this host's configuration.
+    pub vm: String,
+    /// The UUID that QEMU must report.
+    pub uuid: Uuid,
+    /// One-time token: 64 hexadecimal digits, the same at both ends.
+    pub token: String,
+    /// Expected machine type (destination: refused where it differs).
+    #[serde(default)]
+    pub machine: Option<String>,
+}
+
+/// Bounds of intelligent pre-copy termination (VMbuddies 4.2).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Termination {
+    /// Stalled when a round dirtied at least (1 − ε) of what it sent.
+    pub stall_epsilon: f64,
+    /// … in so many rounds in a row.
+    pub stall_rounds: u32,
+    /// At most so many rounds.
+    pub max_rounds: u32,
+    /// At most so many times the guest's memory.
+    pub max_memory_factor: f64,
+    /// At most so long in pre-copy, in ms; 0 for no bound.
+    pub max_precopy_ms: u64,
+}
+
+impl Default for Termination {
+    fn default() -> Self {
+        Self {
+            stall_epsilon: 0.1,
+            stall_rounds: 3,
+            max_rounds: 30,
+            max_memory_factor: 3.0,
+            max_precopy_ms: 0,
+        }
+    }
+}
+
+/// `start`: begins pre-copy of VMs whose source is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// VM name → stream address of its destination's sidecar (from PREPARED there).
+    pub vms: BTreeMap<String, String>,
+}
+
+/// `pace`: limits and weights, effective at once, also during a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PaceArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// Limit of the whole group on this host in bytes per second; absent: unchanged, 0: none.
+    #[serde(default)]
+    pub group_bytes_per_s: Option<u64>,
+    /// Per VM.
+    #[serde(default)]
+    pub vms: BTreeMap<String, PaceVm>,
+    /// Unix time in ms at which it applies (COMMA 3.1); absent: at once.
+    #[serde(default)]
+    pub at_ms: Option<u64>,
+}
+
+/// One VM in `pace`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PaceVm {
+    /// Limit in bytes per second; absent: unchanged, 0: none.
+    #[serde(default)]
+    pub bytes_per_s: Option<u64>,
+    /// Share of what the group has, relative to the other VMs' weights; absent: unchanged.
+    #[serde(default)]
+    pub weight: Option<f64>,
+}
+
+/// `hold`: puts one VM into wait-and-copy now, converged or not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// The VM's name.
+    pub vm: String,
+}
+
+/// `throttle`: slows the vCPUs of one VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ThrottleArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// The VM's name.
+    pub vm: String,
+    /// 0 (off) to 99 percent.
+    pub percent: u8,
+}
+
+/// `set-report-interval`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReportIntervalArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// Interval of STATUS events in ms, 20 to 60000.
+    pub interval_ms: u64,
+}
+
+/// `decide`: proposes a record to the register kept here; answers what is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DecideArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The VM the record is about; absent: the group.
+    #[serde(default)]
+    pub vm: Option<Uuid>,
+    /// `commit` or `abort` for the group, `source` or `destination` for a VM.
+    pub value: RecordValue,
+}
+
+/// `finish`: the destinations of these VMs run; their sources may be quit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FinishArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// VM names.
+    pub vms: Vec<String>,
+}
+
+/// Names a run in a query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QueryRunArgs {
+    /// The run.
+    pub run: Uuid,
+}
+
+/// `recover`: the operator settles a run in doubt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverArgs {
+    /// The run.
+    pub run: Uuid,
+    /// What the group shall do if nothing is recorded anywhere: `commit` or `abort`.
+    pub value: RecordValue,
+    /// The host the operator vouches is off for good (the register's, or the other half's).
+    pub fenced: String,
+}
+
+/// `query-vm`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QueryVmArgs {
+    /// The VM's name.
+    pub vm: String,
+}
+
+fn default_lease_ms() -> u64 {
+    5000
+}
+
+fn default_report_interval_ms() -> u64 {
+    500
+}
+
+fn default_max_downtime_ms() -> u64 {
+    300
+}
+
+fn default_true() -> bool {
+    true
+}
+
+/// No arguments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NoArgs {}
+
+/// `qmp_capabilities`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CapabilitiesArgs {
+    /// Capabilities to enable; `oob` is the only one.
+    #[serde(default)]
+    pub enable: Vec<String>,
+}
+
+/// Every command with its arguments, parsed.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// `qmp_capabilities`: leaves negotiation.
+    Capabilities(CapabilitiesArgs),
+    /// `query-muster-schema`: all commands and events with the JSON schema of their data.
+    QuerySchema,
+    /// `query-status`: host, versions, runs, alarms.
+    QueryStatus,
+    /// `query-host`: [`super::types::HostInfo`].
+    QueryHost,
+    /// `query-vms`: list of [`super::types::VmEntry`].
+    QueryVms,
+    /// `query-vm`: asks QEMU itself; [`super::types::VmInfo`].
+    QueryVm(QueryVmArgs),
+    /// `query-settings`: limits and intervals in force.
+    QuerySettings,
+    /// `query-run`: phase, decision and one report per VM half.
+    QueryRun(QueryRunArgs),
+    /// `query-decision`: the records kept here for a run.
+    QueryDecision(QueryRunArgs),
+    /// `prepare`.
+    Prepare(PrepareArgs),
+    /// `start`.
+    Start(StartArgs),
+    /// `pace`.
+    Pace(PaceArgs),
+    /// `hold`.
+    Hold(VmArgs),
+    /// `arm`: wait-and-copy at full speed, ready for a release; ARMED events follow.
+    Arm(RunArgs),
+    /// `disarm`: back to the paced hold.
+    Disarm(RunArgs),
+    /// `release`: pauses every source of the run (pre-switchover); STOPPED events follow.
+    Release(RunArgs),
+    /// `continue`: stop-and-copy; ARRIVED events follow.
+    Continue(RunArgs),
+    /// `decide`.
+    Decide(DecideArgs),
+    /// `commit`: the register says commit; destinations are continued.
+    Commit(RunArgs),
+    /// `abort`: rolls back as far as this half may by itself, and asks the register beyond that.
+    Abort(RunArgs),
+    /// `finish`.
+    Finish(FinishArgs),
+    /// `throttle`.
+    Throttle(ThrottleArgs),
+    /// `yank`: cuts the migration stream of one VM (out-of-band).
+    Yank(VmArgs),
+    /// `keep-alive`: renews the coordinator's lease.
+    KeepAlive(RunArgs),
+    /// `set-report-interval`.
+    SetReportInterval(ReportIntervalArgs),
+    /// `recover`.
+    Recover(RecoverArgs),
+}

@@ -1,0 +1,256 @@
+//! What commands, events, and reports share: identities, phases, decisions, and reports.
+
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Which end of a VM's move a sidecar stands at.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// The VM runs here before the move.
+    Source,
+    /// The VM runs here after the move.
+    Destination,
+}
+
+/// Where a VM is in its move (DESIGN: idle → preparing → precopy → held → switching → arrived →
+/// committed, or rolled back).
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// QEMU is being started, identified and configured.
+    Preparing,
+    /// Ready for `start` (source) or for the stream (destination).
+    Prepared,
+    /// Memory is copied in rounds while the VM runs.
+    Precopy,
+    /// Wait-and-copy: ready to switch over, kept running, dirty pages are still sent.
+    Held,
+    /// Wait-and-copy at full speed, just before a release.
+    Armed,
+    /// Released: the VM is paused (pre-switchover), still reversible by the source alone.
+    Stopped,
+    /// Stop-and-copy: the last pages and the devices cross.
+    Switching,
+    /// This half is complete: source postmigrate, or destination loaded and paused.
+    Arrived,
+    /// Commit is recorded; the destination is being continued, the source waits to be quit.
+    Committing,
+    /// Final: the VM runs at its destination; the source's process is gone.
+    Committed,
+    /// An abort is under way.
+    RollingBack,
+    /// Final: the VM runs at its source; the destination's process is gone.
+    RolledBack,
+    /// Nobody who can be reached knows the decision: paused, alarmed, asking.
+    InDoubt,
+    /// Final: this half is lost; `error` says what happened and what to do.
+    Failed,
+}
+
+impl Phase {
+    /// Whether nothing more will happen to this half.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Committed | Self::RolledBack | Self::Failed)
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self {
+            Self::Preparing => "preparing",
+            Self::Prepared => "prepared",
+            Self::Precopy => "precopy",
+            Self::Held => "held",
+            Self::Armed => "armed",
+            Self::Stopped => "stopped",
+            Self::Switching => "switching",
+            Self::Arrived => "arrived",
+            Self::Committing => "committing",
+            Self::Committed => "committed",
+            Self::RollingBack => "rolling-back",
+            Self::RolledBack => "rolled-back",
+            Self::InDoubt => "in-doubt",
+            Self::Failed => "failed",
+        };
+        f.pad(text)
+    }
+}
+
+/// The group's one decision, recorded once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decision {
+    /// Every VM of the group runs at its destination from now on.
+    Commit,
+    /// Every VM of the group runs at its source.
+    Abort,
+}
+
+/// On which side a single VM ends, where that had to be settled apart from the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// It runs at its source.
+    Source,
+    /// It runs at its destination.
+    Destination,
+}
+
+/// What a record in the register speaks of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RecordKey {
+    /// The group's decision (`commit` or `abort`).
+    Group,
+    /// The side of one VM (`source` or `destination`).
+    Vm(Uuid),
+}
+
+/// The value of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecordValue {
+    /// Group: every VM runs at its destination.
+    Commit,
+    /// Group: every VM runs at its source.
+    Abort,
+    /// VM: it runs at its source.
+    Source,
+    /// VM: it runs at its destination.
+    Destination,
+}
+
+/// Why a VM entered the hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum HoldReason {
+    /// What remains fits its share of the downtime.
+    Converged,
+    /// Further rounds do not reduce what remains (VMbuddies 4.2).
+    Stalled,
+    /// A bound on rounds, traffic or time was reached.
+    Bounded,
+    /// The operator asked for it.
+    Asked,
+}
+
+/// One pre-copy round as measured (VMbuddies 4.2: pages sent against pages dirtied).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RoundReport {
+    /// 1 for the first copy of the whole memory.
+    pub round: u64,
+    /// Bytes of memory sent in the round.
+    pub sent_bytes: u64,
+    /// Bytes dirtied meanwhile: what the next round has to send.
+    pub dirtied_bytes: u64,
+    /// How long the round took, in milliseconds.
+    pub duration_ms: u64,
+}
+
+/// The state of one half of a VM's move, as `query-run` and STATUS events give it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct VmReport {
+    /// The VM's name.
+    pub vm: String,
+    /// The VM's UUID.
+    pub uuid: Uuid,
+    /// Which half this is.
+    pub role: Role,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Pre-copy round, from 1; 0 before the first.
+    pub round: u64,
+    /// Size of the guest's RAM in bytes, 0 while unknown.
+    pub total_bytes: u64,
+    /// Bytes of the stream that crossed this sidecar.
+    pub transferred_bytes: u64,
+    /// Dirty or unsent memory in bytes.
+    pub remaining_bytes: u64,
+    /// Memory dirtied per second, in bytes, as QEMU measures it.
+    pub dirty_rate_bytes_per_s: u64,
+    /// Measured speed of the stream in bytes per second.
+    pub rate_bytes_per_s: u64,
+    /// The limit set by `pace`, if any, in bytes per second.
+    pub limit_bytes_per_s: Option<u64>,
+    /// vCPU throttle in percent, 0 when off.
+    pub throttle_percent: u8,
+    /// Since when each phase holds: unix time in microseconds, in the order they were entered.
+    pub history: Vec<PhaseEntry>,
+    /// What remained when the VM was paused.
+    pub remaining_at_release_bytes: Option<u64>,
+    /// QEMU's STOP event: unix time in microseconds.
+    pub stopped_at_us: Option<i64>,
+    /// QEMU's RESUME event: unix time in microseconds.
+    pub resumed_at_us: Option<i64>,
+    /// Every finished round.
+    pub rounds: Vec<RoundReport>,
+    /// What went wrong, if anything.
+    pub error: Option<String>,
+}
+
+/// When a phase was entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PhaseEntry {
+    /// The phase.
+    pub phase: Phase,
+    /// Unix time in microseconds.
+    pub at_us: i64,
+}
+
+/// What a sidecar found out about one VM (`query-vm`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmInfo {
+    /// The VM's name.
+    pub vm: String,
+    /// The VM's UUID.
+    pub uuid: Uuid,
+    /// QEMU's run state, such as `running` or `paused`.
+    pub status: String,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// Machine type with its version, such as `pc-i440fx-10.0`.
+    pub machine: String,
+    /// QEMU's version, such as `10.0.2`.
+    pub qemu_version: String,
+    /// Whether this QEMU can be held (capability `switchover-ack`, QEMU 8.1).
+    pub can_hold: bool,
+}
+
+/// What `query-vms` says of each VM in the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmEntry {
+    /// The VM's name.
+    pub vm: String,
+    /// Path of its QMP socket, where one is configured or discovered.
+    pub qmp: Option<String>,
+    /// Whether that socket exists now.
+    pub qmp_present: bool,
+    /// Whether this host has a template to receive it, or an incoming QEMU to adopt.
+    pub can_receive: bool,
+}
+
+/// What `query-host` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HostInfo {
+    /// The host's name from the sidecar's configuration.
+    pub host: String,
+    /// Memory that a new VM could use, in bytes (MemAvailable).
+    pub available_memory_bytes: u64,
+    /// Free bytes in the state directory's file system.
+    pub state_free_bytes: u64,
+    /// Where other sidecars connect with migration streams, such as `10.0.0.2:4601`.
+    pub stream_address: String,
+    /// Version of the sidecar program.
+    pub sidecar_version: String,
+    /// Version of the QEMU program that the templates start, if there is one.
+    pub qemu_version: Option<String>,
+}
