@@ -5,3 +5,11 @@
 //! drives them from one mio event loop.
 
 pub mod protocol;
+pub mod commit;
+pub mod config;
+pub mod hold;
+pub mod migration;
+pub mod notes;
+pub mod qmp;
+pub mod register;
+pub mod relay;

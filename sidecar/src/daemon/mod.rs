@@ -1,0 +1,460 @@
+//! The daemon: one mio event loop under all the state machines.
+//!
+//! Every turn: do what is due, reconcile every run, move bytes, sleep until something is ready or
+//! the next deadline. What may block is done by the storage thread (`storage`).
+//!
+//! - `channel`: one connection of a migration stream and its two pipes.
+//! - `streams`: who a stream belongs to, and how fast it may go.
+//! - `control`: clients and their commands; `answers` what queries return.
+//! - `halves`: monitors and processes of the VMs in runs.
+//! - `link`: asking another sidecar's register.
+
+mod answers;
+mod channel;
+mod control;
+mod halves;
+mod link;
+mod net;
+mod process;
+mod storage;
+mod streams;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use mio::net::{TcpListener, UnixListener};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rate_limiter::{GroupId, Hierarchy, LeafId};
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::migration::{Now, Output};
+use crate::protocol::event::Event;
+use crate::run::{Ask, Run, RunOutput};
+use channel::{Channel, HalfKey};
+use control::Client;
+use halves::{HalfIo, Probe};
+use link::Link;
+use storage::{Done, Job, Storage};
+
+/// What a poll token stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Signals,
+    Woken,
+    ControlUnix,
+    ControlTcp,
+    Streams,
+    Client,
+    Monitor(HalfKey),
+    Process(HalfKey),
+    Listener(HalfKey),
+    ChannelEnd(usize),
+    Link(Uuid),
+    Probe,
+}
+
+/// A run with its surroundings.
+#[derive(Debug)]
+struct Entry {
+    run: Run,
+    io: Vec<HalfIo>,
+    group: GroupId,
+    owner: Option<usize>,
+    scheduled: Vec<(Instant, crate::protocol::command::PaceArgs)>,
+}
+
+/// The daemon. See the module.
+#[derive(Debug)]
+pub struct Daemon {
+    config: Config,
+    poll: Poll,
+    signals: SignalFd,
+    control_unix: UnixListener,
+    control_tcp: Option<TcpListener>,
+    streams: TcpListener,
+    stream_address: String,
+    storage: Storage,
+    started: Instant,
+    next_token: usize,
+    slots: HashMap<Token, Slot>,
+    clients: HashMap<usize, Client>,
+    runs: BTreeMap<Uuid, Entry>,
+    channels: HashMap<usize, Channel>,
+    busy: Vec<usize>,
+    pacing: Hierarchy,
+    leaves: HashMap<LeafId, HalfKey>,
+    pace_at: Option<Instant>,
+    links: HashMap<Uuid, Link>,
+    probes: HashMap<usize, Probe>,
+    alarms: Vec<String>,
+}
+
+/// Runs that are over are remembered so that they can be queried; the oldest go first.
+const REMEMBERED_RUNS: usize = 64;
+/// Longest sleep.
+const IDLE: Duration = Duration::from_secs(5);
+
+fn now() -> Now {
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Now { mono: Instant::now(), unix_us: i64::try_from(unix.as_micros()).unwrap_or(i64::MAX) }
+}
+
+fn log(text: &str) {
+    eprintln!("muster-sidecar: {text}");
+}
+
+impl Daemon {
+    /// Opens everything the configuration names and takes over what an earlier life left.
+    ///
+    /// # Errors
+    /// What cannot be opened, and what to do.
+    pub fn open(config: Config) -> anyhow::Result<Self> {
+        for warning in config.warnings() {
+            log(&warning);
+        }
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGTERM);
+        mask.add(Signal::SIGINT);
+        mask.thread_block().context("signals cannot be blocked")?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .context("signalfd")?;
+        for directory in [&config.state_dir, &config.runtime_dir] {
+            std::fs::create_dir_all(directory)
+                .with_context(|| format!("the directory {} cannot be made", directory.display()))?;
+        }
+        let poll = Poll::new().context("epoll")?;
+        let waker = Waker::new(poll.registry(), Token(1)).context("eventfd")?;
+        let storage = Storage::start(&config.state_dir, waker)?;
+        let control_unix = control::listen_unix(&config.control.unix)?;
+        let control_tcp = match config.control.tcp {
+            Some(address) => Some(TcpListener::bind(address).with_context(|| {
+                format!("the control address {address} cannot be used (is the port taken?)")
+            })?),
+            None => None,
+        };
+        let listen = config.stream.listen;
+        let streams = TcpListener::bind(listen).with_context(|| {
+            format!("the stream address {listen} cannot be used (is the port taken?)")
+        })?;
+        let stream_address = streams.local_addr().context("the stream address")?.to_string();
+        let start = Instant::now();
+        let pacing = Hierarchy::new(start, config.limits.link);
+        let mut daemon = Self {
+            config,
+            poll,
+            signals,
+            control_unix,
+            control_tcp,
+            streams,
+            stream_address,
+            storage,
+            started: start,
+            next_token: 2,
+            slots: HashMap::from([(Token(1), Slot::Woken)]),
+            clients: HashMap::new(),
+            runs: BTreeMap::new(),
+            channels: HashMap::new(),
+            busy: Vec::new(),
+            pacing,
+            leaves: HashMap::new(),
+            pace_at: None,
+            links: HashMap::new(),
+            probes: HashMap::new(),
+            alarms: Vec::new(),
+        };
+        daemon.register_listeners()?;
+        daemon.take_over()?;
+        Ok(daemon)
+    }
+
+    fn register_listeners(&mut self) -> anyhow::Result<()> {
+        let token = self.token(Slot::Signals);
+        let registry = self.poll.registry();
+        let fd = self.signals.as_raw_fd();
+        registry.register(&mut SourceFd(&fd), token, Interest::READABLE)?;
+        let token = self.token(Slot::ControlUnix);
+        let registry = self.poll.registry();
+        registry.register(&mut self.control_unix, token, Interest::READABLE)?;
+        let token = self.token(Slot::Streams);
+        self.poll.registry().register(&mut self.streams, token, Interest::READABLE)?;
+        let token = self.token(Slot::ControlTcp);
+        if let Some(listener) = &mut self.control_tcp {
+            self.poll.registry().register(listener, token, Interest::READABLE)?;
+        }
+        Ok(())
+    }
+
+    fn token(&mut self, slot: Slot) -> Token {
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        self.slots.insert(token, slot);
+        token
+    }
+
+    /// Serves until SIGTERM or SIGINT.
+    ///
+    /// # Errors
+    /// The event loop itself broke.
+    pub fn serve(&mut self) -> anyhow::Result<()> {
+        log(&format!(
+            "host {}: control at {}, streams at {}",
+            self.config.host,
+            self.config.control.unix.display(),
+            self.stream_address
+        ));
+        let mut events = Events::with_capacity(256);
+        loop {
+            let now = now();
+            self.do_due(now);
+            self.reconcile(now);
+            self.move_bytes(now);
+            let timeout = self.timeout(now);
+            if let Err(error) = self.poll.poll(&mut events, Some(timeout)) {
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error).context("epoll");
+                }
+            }
+            let now = self::now();
+            for event in &events {
+                let ready = (event.is_readable() || event.is_read_closed(), event.is_writable());
+                let slot = self.slots.get(&event.token()).copied();
+                match slot {
+                    Some(Slot::Signals) => {
+                        let _ = std::fs::remove_file(&self.config.control.unix);
+                        log("ended by a signal; guests run on");
+                        return Ok(());
+                    }
+                    Some(slot) => self.dispatch(now, event.token(), slot, ready),
+                    None => {}
+                }
+            }
+        }
+    }
+
+    fn dispatch(&mut self, now: Now, token: Token, slot: Slot, ready: (bool, bool)) {
+        match slot {
+            Slot::Signals => {}
+            Slot::Woken => {
+                for done in self.storage.take_done() {
+                    self.stored(now, done);
+                }
+            }
+            Slot::ControlUnix | Slot::ControlTcp => self.accept_clients(slot),
+            Slot::Streams => self.accept_streams(now),
+            Slot::Client => self.serve_client(now, token.0),
+            Slot::Monitor(key) => self.serve_monitor(now, key),
+            Slot::Process(key) => self.check_process(now, key),
+            Slot::Listener(key) => self.accept_qemu(now, key),
+            Slot::ChannelEnd(id) => {
+                if let Some(channel) = self.channels.get_mut(&id) {
+                    channel.ready(token, ready.0, ready.1);
+                    self.busy.push(id);
+                }
+            }
+            Slot::Link(run) => self.serve_link(now, run),
+            Slot::Probe => self.serve_probe(now, token.0),
+        }
+    }
+
+    fn stored(&mut self, now: Now, done: Done) {
+        match done {
+            Done::Answer(asker, result) => self.answer(asker, &result),
+            Done::Spawned(run, half, child) => self.spawned(now, (run, half), child),
+            Done::NoteSaved(run, saved) => {
+                let Some(entry) = self.runs.get_mut(&run) else { return };
+                for half in &mut entry.run.halves {
+                    match &saved {
+                        Ok(()) => {
+                            if let Some(source) = half.source_mut() {
+                                source.note_saved(now);
+                            }
+                        }
+                        Err(error) => half.fail(error),
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is due by the clock, outside of the runs.
+    fn do_due(&mut self, now: Now) {
+        let overdue: Vec<Uuid> = self
+            .runs
+            .iter()
+            .filter(|(_, entry)| entry.run.ask_is_overdue(now))
+            .map(|(id, _)| *id)
+            .collect();
+        for run in overdue {
+            self.drop_link(run);
+            if let Some(entry) = self.runs.get_mut(&run) {
+                entry.run.not_answered(now, "it does not answer");
+            }
+        }
+        self.drop_overdue_probes(now);
+        self.apply_scheduled(now);
+        self.measure(now);
+    }
+
+    /// Lets every run do what it can, until nothing changes any more.
+    fn reconcile(&mut self, now: Now) {
+        let ids: Vec<Uuid> = self.runs.keys().copied().collect();
+        for id in ids {
+            for _ in 0..8 {
+                let Some(entry) = self.runs.get_mut(&id).filter(|e| !e.run.has_ended()) else {
+                    break;
+                };
+                let outputs = entry.run.reconcile(now);
+                if outputs.is_empty() {
+                    break;
+                }
+                for output in outputs {
+                    self.carry_out(now, id, output);
+                }
+            }
+            self.flush_monitors(now, id);
+        }
+        self.forget_oldest();
+    }
+
+    fn carry_out(&mut self, now: Now, run: Uuid, output: RunOutput) {
+        match output {
+            RunOutput::Event(event) => self.tell(now, run, event),
+            RunOutput::Ask(ask) => self.ask_register(now, run, ask),
+            RunOutput::Ended => self.end_run(run),
+            RunOutput::Half(half, output) => {
+                let key = (run, half);
+                match output {
+                    Output::Event(event) => self.tell(now, run, event),
+                    Output::ConnectQmp => self.connect_monitor(now, key),
+                    Output::Spawn => self.spawn(now, key),
+                    Output::Kill => self.kill(now, key),
+                    Output::Listen => self.listen_for_qemu(now, key),
+                    Output::CutStream => self.cut_stream(key),
+                    Output::OpenAckGate => self.open_gate(key),
+                    Output::Unpace => self.unpace(now, key),
+                    Output::SaveNote => self.save_note(run),
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, now: Now, run: Uuid, mut event: Event) {
+        if let Event::Status { vms } | Event::RunEnded { vms } = &mut event {
+            self.complete_reports(run, vms);
+        }
+        let Some(entry) = self.runs.get_mut(&run) else { return };
+        match &event {
+            Event::InDoubt { error } => self.alarms.push(format!("run {run}: {error}")),
+            Event::Failed { vm, error, .. } => log(&format!("run {run}, VM {vm}: {error}")),
+            Event::CoordinatorLost { error } => log(&format!("run {run}: {error}")),
+            _ => {}
+        }
+        let envelope = entry.run.envelope(now, event);
+        self.broadcast(&envelope);
+    }
+
+    fn end_run(&mut self, run: Uuid) {
+        self.drop_link(run);
+        self.alarms.retain(|alarm| !alarm.contains(&run.to_string()));
+        self.release_halves(run);
+        if let Err(error) = self.storage.submit(Job::RemoveNote(run)) {
+            log(&error);
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        let ended = || self.runs.iter().filter(|(_, entry)| entry.run.has_ended());
+        if ended().count() > REMEMBERED_RUNS {
+            if let Some(id) = ended().map(|(id, _)| *id).next() {
+                self.runs.remove(&id);
+            }
+        }
+    }
+
+    fn save_note(&mut self, run: Uuid) {
+        let Some(entry) = self.runs.get(&run) else { return };
+        let note = entry.run.note(|half| {
+            let io = &entry.io[half];
+            let process = io.process.as_ref().map(|(_, process)| (process.pid, process.started));
+            (io.qmp_path.display().to_string(), process)
+        });
+        if let Err(error) = self.storage.submit(Job::SaveNote(Box::new(note))) {
+            if let Some(entry) = self.runs.get_mut(&run) {
+                for half in &mut entry.run.halves {
+                    half.fail(&error);
+                }
+            }
+        }
+    }
+
+    fn ask_register(&mut self, now: Now, run: Uuid, ask: Ask) {
+        let Some(entry) = self.runs.get(&run) else { return };
+        let address = entry.run.register.clone();
+        if !self.links.contains_key(&run) {
+            let connected = link::connect(&address).and_then(|mut socket| {
+                let token = self.token(Slot::Link(run));
+                socket.register(self.poll.registry(), token)?;
+                Ok(Link::new(now.mono, token, socket))
+            });
+            match connected {
+                Ok(link) => {
+                    self.links.insert(run, link);
+                }
+                Err(error) => {
+                    if let Some(entry) = self.runs.get_mut(&run) {
+                        entry.run.not_answered(now, &error.to_string());
+                    }
+                    return;
+                }
+            }
+        }
+        if let Some(link) = self.links.get_mut(&run) {
+            link.ask(now.mono, run, ask);
+        }
+        self.serve_link(now, run);
+    }
+
+    fn serve_link(&mut self, now: Now, run: Uuid) {
+        let Some(link) = self.links.get_mut(&run) else { return };
+        let step = link.step(now.mono);
+        let Some(entry) = self.runs.get_mut(&run) else { return };
+        match step {
+            Ok(Some(records)) => entry.run.answered(now, &records),
+            Ok(None) => {}
+            Err(error) => {
+                let was_asked = !link.is_quiet();
+                if was_asked {
+                    entry.run.not_answered(now, &error);
+                }
+                self.drop_link(run);
+            }
+        }
+    }
+
+    fn drop_link(&mut self, run: Uuid) {
+        if let Some(mut link) = self.links.remove(&run) {
+            link.socket.deregister(self.poll.registry());
+            self.slots.remove(&link.token);
+        }
+    }
+
+    fn timeout(&self, now: Now) -> Duration {
+        if !self.busy.is_empty() {
+            return Duration::ZERO;
+        }
+        let runs = self.runs.values().filter_map(|entry| entry.run.deadline());
+        let channels = self.channels.values().filter_map(Channel::deadline);
+        let scheduled =
+            self.runs.values().flat_map(|entry| entry.scheduled.iter().map(|(at, _)| *at));
+        let probes = self.probes.values().map(|probe| probe.by);
+        let next = runs.chain(channels).chain(scheduled).chain(probes).chain(self.pace_at).min();
+        next.map_or(IDLE, |at| at.saturating_duration_since(now.mono)).min(IDLE)
+    }
+}

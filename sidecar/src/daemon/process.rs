@@ -1,0 +1,145 @@
+//! QEMU processes: started, watched, killed; never by a number that may have passed on.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use crate::sys;
+
+/// A process that is watched through its pidfd.
+#[derive(Debug)]
+pub struct Process {
+    /// Its number.
+    pub pid: i32,
+    /// Its start in clock ticks since boot.
+    pub started: u64,
+    /// Readable when it has ended.
+    pub fd: OwnedFd,
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Watches a process that was started by somebody else.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn watch(pid: i32) -> io::Result<Self> {
+        let fd = sys::pidfd_open(pid)?;
+        let started = start_time(pid).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Self { pid, started, fd, child: None })
+    }
+
+    /// Watches the process of a note, unless its number belongs to another one by now.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn watch_same(pid: i32, started: u64) -> io::Result<Self> {
+        let process = Self::watch(pid)?;
+        if process.started == started {
+            Ok(process)
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Watches a child of ours.
+    ///
+    /// # Errors
+    /// The kernel cannot (older than 5.3); the child is killed then.
+    pub fn of_child(mut child: Child) -> io::Result<Self> {
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        match Self::watch(pid) {
+            Ok(process) => Ok(Self { child: Some(child), ..process }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    /// Kills it.
+    pub fn kill(&self) {
+        // Gone already is as good.
+        let _ = sys::pidfd_kill(&self.fd, libc::SIGKILL);
+    }
+
+    /// Whether it has ended; takes its status then, so that no zombie stays.
+    pub fn has_ended(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => !matches!(child.try_wait(), Ok(None)),
+            None => is_gone(self.pid, self.started),
+        }
+    }
+}
+
+fn stat_fields(pid: i32) -> Option<(String, u64)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let rest = stat.rsplit_once(')')?.1;
+    let mut fields = rest.split_ascii_whitespace();
+    let state = fields.next()?.to_owned();
+    let started = fields.nth(18)?.parse().ok()?;
+    Some((state, started))
+}
+
+fn start_time(pid: i32) -> Option<u64> {
+    stat_fields(pid).map(|(_, started)| started)
+}
+
+fn is_gone(pid: i32, started: u64) -> bool {
+    stat_fields(pid).is_none_or(|(state, since)| since != started || state == "Z" || state == "X")
+}
+
+/// Starts an incoming QEMU in a process group of its own, so that what ends the sidecar does not
+/// end its guests. Its output goes to `log`.
+///
+/// # Errors
+/// One line with the program and what to do.
+pub fn spawn(arguments: &[String], log: &Path) -> Result<Child, String> {
+    let Some((program, rest)) = arguments.split_first() else {
+        return Err("the template of this VM is empty".into());
+    };
+    let output = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .map_err(|error| format!("the log {} cannot be opened: {error}", log.display()))?;
+    let errors = output
+        .try_clone()
+        .map_err(|error| format!("the log {} cannot be opened: {error}", log.display()))?;
+    Command::new(program)
+        .args(rest)
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(errors)
+        .process_group(0)
+        .spawn()
+        .map_err(|error| format!("`{program}` cannot be started: {error} (check the template)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_watched_to_its_end() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let log = directory.path().join("log");
+        let arguments = ["sleep".to_owned(), "60".to_owned()];
+        let mut process =
+            Process::of_child(spawn(&arguments, &log).expect("starts")).expect("is watched");
+        assert!(!process.has_ended());
+        assert!(Process::watch_same(process.pid, process.started).is_ok());
+        assert!(Process::watch_same(process.pid, process.started + 1).is_err());
+        process.kill();
+        while !process.has_ended() {
+            std::thread::yield_now();
+        }
+        assert!(Process::watch_same(process.pid, process.started).is_err());
+        let error = spawn(&["/no/such/qemu".to_owned()], &log).expect_err("no program");
+        assert!(error.contains("/no/such/qemu"), "{error}");
+    }
+}

@@ -1,0 +1,169 @@
+//! What may block — files that are synced, programs that are started — happens on this thread.
+//!
+//! The event loop sends a [`Job`] over a bounded channel and is woken when its [`Done`] is there.
+//! One thread, so that jobs keep their order.
+
+use std::path::PathBuf;
+use std::process::Child;
+
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use mio::Waker;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::process;
+use crate::notes::{self, Note};
+use crate::protocol::codec::CommandError;
+use crate::protocol::types::{RecordKey, RecordValue};
+use crate::register::{FileRegister, Register};
+
+/// Which request of which client waits for the result.
+#[derive(Debug)]
+pub struct Asker {
+    /// The client.
+    pub client: usize,
+    /// Its `id`.
+    pub id: Option<Value>,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Job {
+    /// Write a run's note.
+    SaveNote(Box<Note>),
+    /// Remove it.
+    RemoveNote(Uuid),
+    /// Record, or read what stands.
+    Decide(Asker, Uuid, RecordKey, RecordValue),
+    /// Read a run's records.
+    Records(Asker, Uuid),
+    /// Remove a run's records.
+    Forget(Asker, Uuid),
+    /// Start a program.
+    Spawn {
+        /// The run.
+        run: Uuid,
+        /// Which half of it.
+        half: usize,
+        /// Program and arguments.
+        arguments: Vec<String>,
+        /// Where its output goes.
+        log: PathBuf,
+    },
+}
+
+/// What was done.
+#[derive(Debug)]
+pub enum Done {
+    /// A note was written, or not.
+    NoteSaved(Uuid, Result<(), String>),
+    /// An answer for a client.
+    Answer(Asker, Result<Value, CommandError>),
+    /// A program was started, or not.
+    Spawned(Uuid, usize, Result<Child, String>),
+}
+
+/// The thread's end in the event loop.
+#[derive(Debug)]
+pub struct Storage {
+    jobs: Sender<Job>,
+    done: Receiver<Done>,
+}
+
+const QUEUE: usize = 1024;
+
+impl Storage {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The register cannot be opened, or no thread be started.
+    pub fn start(state_dir: &std::path::Path, waker: Waker) -> anyhow::Result<Self> {
+        let mut register = FileRegister::open(state_dir.join("register"))?;
+        let notes_dir = state_dir.join("runs");
+        let (jobs, queue) = bounded::<Job>(QUEUE);
+        let (results, done) = bounded::<Done>(QUEUE);
+        std::thread::Builder::new().name("storage".into()).spawn(move || {
+            for job in queue {
+                let Some(result) = perform(job, &mut register, &notes_dir) else { continue };
+                if results.send(result).is_err() || waker.wake().is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { jobs, done })
+    }
+
+    /// Hands over a job.
+    ///
+    /// # Errors
+    /// The thread is a thousand jobs behind: the disk hangs.
+    pub fn submit(&self, job: Job) -> Result<(), String> {
+        self.jobs.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => "the disk under the state directory hangs".to_owned(),
+            TrySendError::Disconnected(_) => "the storage thread is gone".to_owned(),
+        })
+    }
+
+    /// What was done since.
+    pub fn take_done(&self) -> Vec<Done> {
+        self.done.try_iter().collect()
+    }
+}
+
+fn answer(asker: Asker, result: Result<Value, impl std::fmt::Display>) -> Done {
+    Done::Answer(asker, result.map_err(|error| CommandError::generic(error.to_string())))
+}
+
+/// `records` as they stand in answers: `{"group": "commit", "vm-UUID": "source"}`.
+fn records_value(records: &[(RecordKey, RecordValue)]) -> Value {
+    let mut object = json!({});
+    for (key, value) in records {
+        let name = match key {
+            RecordKey::Group => "group".to_owned(),
+            RecordKey::Vm(vm) => format!("vm-{vm}"),
+        };
+        object[name] = json!(value);
+    }
+    object
+}
+
+/// Reads what [`records_value`] wrote; what is not understood is passed over.
+#[must_use]
+pub fn read_records(value: &Value) -> Vec<(RecordKey, RecordValue)> {
+    let entries = value.as_object().into_iter().flatten();
+    entries
+        .filter_map(|(name, value)| {
+            let key = match name.strip_prefix("vm-") {
+                Some(vm) => RecordKey::Vm(vm.parse().ok()?),
+                None if name == "group" => RecordKey::Group,
+                None => return None,
+            };
+            Some((key, serde_json::from_value(value.clone()).ok()?))
+        })
+        .collect()
+}
+
+fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -> Option<Done> {
+    Some(match job {
+        Job::SaveNote(note) => {
+            let saved = notes::save(notes_dir, &note).map_err(|error| error.to_string());
+            Done::NoteSaved(note.run, saved)
+        }
+        Job::RemoveNote(run) => {
+            if let Err(error) = notes::remove(notes_dir, run) {
+                eprintln!("muster-sidecar: the note of run {run} cannot be removed: {error}");
+            }
+            return None;
+        }
+        Job::Decide(asker, run, key, value) => {
+            answer(asker, register.decide(run, key, value).map(|value| json!({ "value": value })))
+        }
+        Job::Records(asker, run) => {
+            answer(asker, register.records(run).map(|records| records_value(&records)))
+        }
+        Job::Forget(asker, run) => answer(asker, register.forget(run).map(|()| json!({}))),
+        Job::Spawn { run, half, arguments, log } => {
+            Done::Spawned(run, half, process::spawn(&arguments, &log))
+        }
+    })
+}

@@ -1,0 +1,253 @@
+//! Who a QEMU is and what it can do: asked before anything is changed, and put back after.
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+/// The questions of an identification, in the order they are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Question {
+    /// `query-uuid`.
+    Uuid,
+    /// `query-status`.
+    Status,
+    /// `query-migrate`.
+    Migration,
+    /// `query-migrate-capabilities`.
+    Capabilities,
+    /// `query-migrate-parameters`.
+    Parameters,
+    /// `query-memory-size-summary`.
+    Memory,
+    /// `qom-get /machine type`.
+    Machine,
+}
+
+impl Question {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Uuid,
+        Self::Status,
+        Self::Migration,
+        Self::Capabilities,
+        Self::Parameters,
+        Self::Memory,
+        Self::Machine,
+    ];
+
+    /// The QMP command and its arguments.
+    #[must_use]
+    pub fn command(self) -> (&'static str, Value) {
+        match self {
+            Self::Uuid => ("query-uuid", Value::Null),
+            Self::Status => ("query-status", Value::Null),
+            Self::Migration => ("query-migrate", Value::Null),
+            Self::Capabilities => ("query-migrate-capabilities", Value::Null),
+            Self::Parameters => ("query-migrate-parameters", Value::Null),
+            Self::Memory => ("query-memory-size-summary", Value::Null),
+            Self::Machine => ("qom-get", json!({"path": "/machine", "property": "type"})),
+        }
+    }
+}
+
+/// What QEMU answered.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Identity {
+    /// The VM's UUID.
+    pub uuid: Uuid,
+    /// Run state, such as `running`.
+    pub status: String,
+    /// Status of the last or current migration, `none` if there was none.
+    pub migration: String,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// Machine type with its version, such as `pc-i440fx-10.0`.
+    pub machine: String,
+    /// QEMU's version, such as `10.0.2`.
+    pub version: String,
+    capabilities: Vec<(String, bool)>,
+    parameters: Value,
+    answered: usize,
+}
+
+impl Identity {
+    /// An identity of a QEMU of this version, nothing asked yet.
+    #[must_use]
+    pub fn new(version: String) -> Self {
+        Self { version, ..Self::default() }
+    }
+
+    /// Takes one answer; true when it was the last one.
+    pub fn answer(&mut self, question: Question, value: &Value) -> bool {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        match question {
+            Question::Uuid => {
+                self.uuid = value["UUID"].as_str().and_then(|s| s.parse().ok()).unwrap_or_default();
+            }
+            Question::Status => self.status = text(&value["status"]),
+            Question::Migration => {
+                self.migration = value["status"].as_str().unwrap_or("none").to_owned();
+            }
+            Question::Capabilities => {
+                self.capabilities = value
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|item| {
+                        Some((item["capability"].as_str()?.to_owned(), item["state"].as_bool()?))
+                    })
+                    .collect();
+            }
+            Question::Parameters => self.parameters = value.clone(),
+            Question::Memory => {
+                self.memory_bytes = value["base-memory"].as_u64().unwrap_or(0)
+                    + value["plugged-memory"].as_u64().unwrap_or(0);
+            }
+            Question::Machine => {
+                self.machine = text(value).trim_end_matches("-machine").to_owned();
+            }
+        }
+        self.answered += 1;
+        self.answered == Question::ALL.len()
+    }
+
+    /// Whether this QEMU knows the capability.
+    #[must_use]
+    pub fn has_capability(&self, name: &str) -> bool {
+        self.capabilities.iter().any(|(known, _)| known == name)
+    }
+
+    /// Whether a migration is going on.
+    #[must_use]
+    pub fn is_migrating(&self) -> bool {
+        !matches!(self.migration.as_str(), "none" | "completed" | "failed" | "cancelled")
+    }
+
+    /// Whether QEMU is at least of this version.
+    #[must_use]
+    pub fn is_at_least(&self, major: u64, minor: u64) -> bool {
+        let mut parts = self.version.split('.').map(|part| part.parse::<u64>().unwrap_or(0));
+        let found = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+        found >= (major, minor)
+    }
+
+    /// Arguments for `migrate-set-capabilities` that put back what `changed` named.
+    #[must_use]
+    pub fn original_capabilities(&self, changed: &Value) -> Value {
+        let list: Vec<Value> = changed["capabilities"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|item| {
+                let name = item["capability"].as_str()?;
+                let (_, state) = self.capabilities.iter().find(|(known, _)| known == name)?;
+                Some(json!({ "capability": name, "state": state }))
+            })
+            .collect();
+        json!({ "capabilities": list })
+    }
+
+    /// Arguments for `migrate-set-parameters` that put back what `changed` named.
+    #[must_use]
+    pub fn original_parameters(&self, changed: &Value) -> Value {
+        let mut object = serde_json::Map::new();
+        for name in changed.as_object().into_iter().flat_map(|object| object.keys()) {
+            if let Some(value) = self.parameters.get(name) {
+                object.insert(name.clone(), value.clone());
+            }
+        }
+        Value::Object(object)
+    }
+}
+
+/// What a run asks of QEMU's capabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CapabilityPlan {
+    /// Keep the VM in wait-and-copy until released.
+    pub hold: bool,
+    /// Pause before the switchover (source only).
+    pub pause: bool,
+    /// Allow vCPU throttling (source only).
+    pub throttle: bool,
+    /// Send over several channels.
+    pub multifd: bool,
+}
+
+impl CapabilityPlan {
+    /// Arguments for `migrate-set-capabilities`.
+    #[must_use]
+    pub fn arguments(self, identity: &Identity) -> Value {
+        let wanted = [
+            ("return-path", true),
+            ("events", true),
+            ("late-block-activate", true),
+            ("switchover-ack", self.hold),
+            ("pause-before-switchover", self.pause),
+            ("auto-converge", self.throttle),
+            ("multifd", self.multifd),
+            ("postcopy-ram", false),
+        ];
+        let list: Vec<Value> = wanted
+            .into_iter()
+            .filter(|(name, state)| *state || identity.has_capability(name))
+            .map(|(name, state)| json!({ "capability": name, "state": state }))
+            .collect();
+        json!({ "capabilities": list })
+    }
+
+    /// The first capability that is needed and missing, with what to do.
+    #[must_use]
+    pub fn missing(self, identity: &Identity) -> Option<String> {
+        let needed = [
+            ("return-path", true, "2.6"),
+            ("events", true, "2.4"),
+            ("late-block-activate", true, "3.1"),
+            ("switchover-ack", self.hold, "8.1"),
+            ("pause-before-switchover", self.pause, "2.11"),
+            ("auto-converge", self.throttle, "1.6"),
+            ("multifd", self.multifd, "4.0"),
+        ];
+        let (name, _, since) =
+            needed.into_iter().find(|(name, wanted, _)| *wanted && !identity.has_capability(name))?;
+        Some(format!(
+            "QEMU {} has no migration capability `{name}`: QEMU {since} or newer is needed",
+            identity.version
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity() -> Identity {
+        let mut identity = Identity::new("10.0.2".into());
+        let capabilities: Vec<Value> = ["return-path", "events", "late-block-activate", "multifd"]
+            .iter()
+            .map(|name| json!({"capability": name, "state": *name == "multifd"}))
+            .collect();
+        identity.answer(Question::Capabilities, &json!(capabilities));
+        identity.answer(Question::Parameters, &json!({"max-bandwidth": 7, "downtime-limit": 300}));
+        identity
+    }
+
+    #[test]
+    fn says_what_is_missing() {
+        let plan = CapabilityPlan { hold: true, pause: false, throttle: false, multifd: true };
+        let text = plan.missing(&identity()).expect("no switchover-ack");
+        assert!(text.contains("switchover-ack") && text.contains("8.1"), "{text}");
+        assert_eq!(CapabilityPlan { hold: false, ..plan }.missing(&identity()), None);
+        assert!(identity().is_at_least(9, 1) && !identity().is_at_least(10, 1));
+    }
+
+    #[test]
+    fn puts_back_what_it_found() {
+        let plan = CapabilityPlan { hold: false, pause: false, throttle: false, multifd: false };
+        let changed = plan.arguments(&identity());
+        let back = identity().original_capabilities(&changed);
+        let list = back["capabilities"].as_array().expect("a list");
+        assert_eq!(list.len(), 4);
+        assert!(list.contains(&json!({"capability": "multifd", "state": true})));
+        let back = identity().original_parameters(&json!({"max-bandwidth": 1}));
+        assert_eq!(back, json!({"max-bandwidth": 7}));
+    }
+}

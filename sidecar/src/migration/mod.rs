@@ -1,0 +1,162 @@
+//! One VM's move, seen from one host: the machines that drive QEMU through it.
+//!
+//! [`source::Source`] and [`destination::Destination`] take commands, QMP messages, news of the
+//! stream and the time; they leave QMP commands in their [`QmpClient`] and [`Output`]s for the
+//! daemon. They decide nothing about the group: `commit` does, and they carry out its [`Next`].
+//!
+//! [`QmpClient`]: crate::qmp::QmpClient
+//! [`Next`]: crate::commit::Next
+
+pub mod destination;
+pub mod identity;
+pub mod source;
+
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use crate::protocol::event::Event;
+use crate::protocol::types::{Phase, PhaseEntry, Role, VmReport};
+
+/// The time, on both clocks: one for deadlines, one for people.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// For deadlines and durations.
+    pub mono: Instant,
+    /// Unix time in microseconds.
+    pub unix_us: i64,
+}
+
+/// What a machine wants from the daemon.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Tell the clients.
+    Event(Event),
+    /// Connect to the VM's monitor.
+    ConnectQmp,
+    /// Start the destination's QEMU from its template.
+    Spawn,
+    /// Send SIGKILL to the process.
+    Kill,
+    /// Source: accept QEMU's stream on a unix socket and carry it to the destination.
+    Listen,
+    /// Close every connection of the stream.
+    CutStream,
+    /// Let the switchover acknowledgement through.
+    OpenAckGate,
+    /// Put a limit on the VM's stream in the relay, or take it off.
+    Unpace,
+    /// Write the run's note to disk and answer with `note_saved`.
+    SaveNote,
+}
+
+/// What both halves have in common: who it is, where it stands, what is to be told.
+#[derive(Debug)]
+pub struct Half {
+    /// The VM's name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// Which half this is.
+    pub role: Role,
+    /// Guest RAM in bytes, 0 while unknown.
+    pub total_bytes: u64,
+    /// QEMU's STOP event: unix time in microseconds.
+    pub stopped_at_us: Option<i64>,
+    /// QEMU's RESUME event: unix time in microseconds.
+    pub resumed_at_us: Option<i64>,
+    phase: Phase,
+    history: Vec<PhaseEntry>,
+    error: Option<String>,
+    outputs: Vec<Output>,
+}
+
+impl Half {
+    /// A half in `preparing`.
+    #[must_use]
+    pub fn new(now: Now, name: String, uuid: Uuid, role: Role) -> Self {
+        let entry = PhaseEntry { phase: Phase::Preparing, at_us: now.unix_us };
+        Self {
+            name,
+            uuid,
+            role,
+            total_bytes: 0,
+            stopped_at_us: None,
+            resumed_at_us: None,
+            phase: Phase::Preparing,
+            history: vec![entry],
+            error: None,
+            outputs: Vec::new(),
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// What went wrong first, if anything.
+    #[must_use]
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// Enters a phase, once; a final one stays.
+    pub fn enter(&mut self, now: Now, phase: Phase) {
+        if self.phase != phase && !self.phase.is_final() {
+            self.phase = phase;
+            self.history.push(PhaseEntry { phase, at_us: now.unix_us });
+        }
+    }
+
+    /// Asks something of the daemon.
+    pub fn put(&mut self, output: Output) {
+        self.outputs.push(output);
+    }
+
+    /// Tells the clients.
+    pub fn tell(&mut self, event: Event) {
+        self.put(Output::Event(event));
+    }
+
+    /// Records what went wrong and tells it; only the first of several faults is told.
+    pub fn fault(&mut self, error: impl Into<String>, lost: bool) {
+        let error = error.into();
+        if self.error.is_none() || lost {
+            self.error.get_or_insert_with(|| error.clone());
+            let (vm, role) = (self.name.clone(), self.role);
+            self.tell(Event::Failed { vm, role, error, lost });
+        }
+    }
+
+    /// Takes what the daemon has to do.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    /// A report with what this half knows by itself.
+    #[must_use]
+    pub fn report(&self) -> VmReport {
+        VmReport {
+            vm: self.name.clone(),
+            uuid: self.uuid,
+            role: self.role,
+            phase: self.phase,
+            round: 0,
+            total_bytes: self.total_bytes,
+            transferred_bytes: 0,
+            remaining_bytes: 0,
+            dirty_rate_bytes_per_s: 0,
+            rate_bytes_per_s: 0,
+            limit_bytes_per_s: None,
+            throttle_percent: 0,
+            history: self.history.clone(),
+            remaining_at_release_bytes: None,
+            stopped_at_us: self.stopped_at_us,
+            resumed_at_us: self.resumed_at_us,
+            rounds: Vec::new(),
+            error: self.error.clone(),
+        }
+    }
+}
