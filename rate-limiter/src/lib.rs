@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bucket;
 pub mod units;
 
+pub use bucket::TokenBucket;
 pub use units::{Bytes, BytesPerSecond};
