@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bucket;
+pub mod shares;
 pub mod units;
 
 pub use bucket::TokenBucket;
