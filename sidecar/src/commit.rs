@@ -152,7 +152,9 @@ pub fn source_next(half: SourceHalf, know: Knowledge) -> Next {
             Some(Decision::Commit) => Next::End(End::Diverged(Side::Source)),
             _ => Next::End(End::RolledBack),
         },
-        S::Dead { was_released: false } => Next::End(End::Lost),
+        S::Dead {
+            was_released: false,
+        } => Next::End(End::Lost),
         S::Dead { was_released: true } => match (know.group, know.vm) {
             (Some(Decision::Commit), Some(Side::Source)) => Next::End(End::Lost),
             (Some(Decision::Commit), _) => Next::End(End::Committed),
@@ -206,9 +208,7 @@ pub fn destination_next(half: DestinationHalf, know: Knowledge) -> Next {
         },
         D::Dead { cont_sent: false } => match (know.group, know.vm) {
             (Some(Decision::Commit), None) => Next::Claim(Side::Source),
-            (Some(Decision::Commit), Some(Side::Source)) => {
-                Next::End(End::Diverged(Side::Source))
-            }
+            (Some(Decision::Commit), Some(Side::Source)) => Next::End(End::Diverged(Side::Source)),
             (Some(Decision::Abort), Some(Side::Source) | None) => Next::End(End::RolledBack),
             (Some(_), Some(Side::Destination)) => Next::End(End::Lost),
             (None, _) if know.is_over() => Next::ProposeAbort,

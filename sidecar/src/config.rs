@@ -54,7 +54,11 @@ pub struct Control {
 
 impl Default for Control {
     fn default() -> Self {
-        Self { unix: default_control(), tcp: None, insecure: false }
+        Self {
+            unix: default_control(),
+            tcp: None,
+            insecure: false,
+        }
     }
 }
 
@@ -144,8 +148,10 @@ impl Config {
     /// # Errors
     /// With the file's path and every problem found.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read {
+            path: path.to_owned(),
+            error,
+        })?;
         Self::parse(path, &text)
     }
 
@@ -158,7 +164,10 @@ impl Config {
         if problems.is_empty() {
             Ok(config)
         } else {
-            Err(ConfigError::Invalid { path: path.to_owned(), problems })
+            Err(ConfigError::Invalid {
+                path: path.to_owned(),
+                problems,
+            })
         }
     }
 
@@ -186,7 +195,9 @@ impl Config {
             ));
         }
         if self.control.unix.as_os_str().len() > MAX_SOCKET_PATH {
-            problems.push(format!("`control.unix` is longer than {MAX_SOCKET_PATH} bytes"));
+            problems.push(format!(
+                "`control.unix` is longer than {MAX_SOCKET_PATH} bytes"
+            ));
         }
         for (index, vm) in self.vms.iter().enumerate() {
             let name = &vm.name;
@@ -205,16 +216,25 @@ impl Config {
                 continue;
             }
             if vm.adopt {
-                problems.push(format!("VM `{name}`: `incoming` and `adopt` exclude each other"));
+                problems.push(format!(
+                    "VM `{name}`: `incoming` and `adopt` exclude each other"
+                ));
             }
-            let defers = vm.incoming.windows(2).any(|pair| pair == ["-incoming", "defer"]);
+            let defers = vm
+                .incoming
+                .windows(2)
+                .any(|pair| pair == ["-incoming", "defer"]);
             if !defers || !vm.incoming.iter().any(|argument| argument == "-S") {
                 problems.push(format!(
                     "VM `{name}`: `incoming` must contain `-incoming defer` and `-S`, or the VM \
                      would run as soon as it has arrived"
                 ));
             }
-            if !vm.incoming.iter().any(|argument| argument.contains("{qmp}")) {
+            if !vm
+                .incoming
+                .iter()
+                .any(|argument| argument.contains("{qmp}"))
+            {
                 problems.push(format!(
                     "VM `{name}`: `incoming` must contain `{{qmp}}`, the monitor's path \
                      (-qmp unix:{{qmp}},server=on,wait=off)"
@@ -238,14 +258,19 @@ impl Config {
             let path = self.qmp_dir.as_ref()?.join(format!("{name}.qmp"));
             path.exists().then_some(path)
         };
-        configured.or_else(found).unwrap_or_else(|| self.runtime_dir.join(format!("{name}.qmp")))
+        configured
+            .or_else(found)
+            .unwrap_or_else(|| self.runtime_dir.join(format!("{name}.qmp")))
     }
 
     /// Every VM that is configured or whose monitor lies in `qmp-dir`.
     #[must_use]
     pub fn vm_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.vms.iter().map(|vm| vm.name.clone()).collect();
-        let entries = self.qmp_dir.as_ref().and_then(|path| std::fs::read_dir(path).ok());
+        let entries = self
+            .qmp_dir
+            .as_ref()
+            .and_then(|path| std::fs::read_dir(path).ok());
         for entry in entries.into_iter().flatten().flatten() {
             let file = entry.file_name();
             let name = file.to_str().and_then(|file| file.strip_suffix(".qmp"));
@@ -297,7 +322,14 @@ mod tests {
         let text = "version = 2\nhost = \"\"\n[stream]\nlisten = \"10.0.0.1:1\"\n[[vm]]\nname = \
                     \"web\"\nincoming = [\"qemu\"]\n[[vm]]\nname = \"web\"\n";
         let error = parse(text).expect_err("many problems");
-        for part in ["version", "host", "insecure", "-incoming defer", "{qmp}", "twice"] {
+        for part in [
+            "version",
+            "host",
+            "insecure",
+            "-incoming defer",
+            "{qmp}",
+            "twice",
+        ] {
             assert!(error.contains(part), "{part}: {error}");
         }
     }
@@ -305,7 +337,10 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named_with_its_line() {
         let error = parse(&format!("{HEAD}[limits]\nlimk = 1\n")).expect_err("unknown key");
-        assert!(error.contains("limk") && error.contains("line 6"), "{error}");
+        assert!(
+            error.contains("limk") && error.contains("line 6"),
+            "{error}"
+        );
         let error = parse(&format!("{HEAD}[limits]\nlink = \"fast\"\n")).expect_err("no rate");
         assert!(error.contains("400Mbit/s"), "{error}");
     }

@@ -61,7 +61,11 @@ impl Rounds {
     /// The round under way, from 1; 0 before the first sample.
     #[must_use]
     pub fn current(&self) -> u64 {
-        if self.at_sync.is_some() { self.finished.len() as u64 + 1 } else { 0 }
+        if self.at_sync.is_some() {
+            self.finished.len() as u64 + 1
+        } else {
+            0
+        }
     }
 
     /// Takes a sample; `bandwidth_bytes_per_s` is what the stream achieves. Returns the round that
@@ -91,12 +95,20 @@ impl Rounds {
             duration_ms: millis(now.saturating_duration_since(since)),
         };
         self.finished.push(round);
-        if fits(sample.remaining_bytes, bandwidth_bytes_per_s, self.max_downtime) {
+        if fits(
+            sample.remaining_bytes,
+            bandwidth_bytes_per_s,
+            self.max_downtime,
+        ) {
             return (Some(round), Some(HoldReason::Converged));
         }
         #[allow(clippy::cast_precision_loss, reason = "a ratio is wanted")]
         let kept_up = dirtied as f64 >= (1.0 - self.termination.stall_epsilon) * sent as f64;
-        self.stalled = if round.round > 1 && kept_up { self.stalled + 1 } else { 0 };
+        self.stalled = if round.round > 1 && kept_up {
+            self.stalled + 1
+        } else {
+            0
+        };
         if self.stalled >= self.termination.stall_rounds {
             return (Some(round), Some(HoldReason::Stalled));
         }
@@ -106,8 +118,12 @@ impl Rounds {
     fn bound(&self, now: Instant, sample: &Sample) -> Option<HoldReason> {
         let bounds = &self.termination;
         let rounds = u32::try_from(self.finished.len()).unwrap_or(u32::MAX);
-        #[allow(clippy::cast_precision_loss, reason = "a factor of the memory is compared")]
-        let traffic = sample.sent_bytes as f64 >= bounds.max_memory_factor * sample.total_bytes as f64;
+        #[allow(
+            clippy::cast_precision_loss,
+            reason = "a factor of the memory is compared"
+        )]
+        let traffic =
+            sample.sent_bytes as f64 >= bounds.max_memory_factor * sample.total_bytes as f64;
         let time = bounds.max_precopy_ms > 0
             && millis(now.saturating_duration_since(self.started)) >= bounds.max_precopy_ms;
         let reached = rounds >= bounds.max_rounds || time || (traffic && sample.total_bytes > 0);
@@ -116,8 +132,7 @@ impl Rounds {
 }
 
 fn fits(remaining_bytes: u64, bandwidth_bytes_per_s: u64, limit: Duration) -> bool {
-    u128::from(remaining_bytes) * 1000
-        <= u128::from(bandwidth_bytes_per_s) * limit.as_millis()
+    u128::from(remaining_bytes) * 1000 <= u128::from(bandwidth_bytes_per_s) * limit.as_millis()
 }
 
 /// Milliseconds, saturating.
@@ -144,7 +159,9 @@ impl HoldPacer {
     /// Starts at `dirty_rate_bytes_per_s`.
     #[must_use]
     pub fn new(dirty_rate_bytes_per_s: u64) -> Self {
-        Self { set_bytes_per_s: dirty_rate_bytes_per_s.max(FLOOR_BYTES_PER_S) }
+        Self {
+            set_bytes_per_s: dirty_rate_bytes_per_s.max(FLOOR_BYTES_PER_S),
+        }
     }
 
     /// The limit in force, in bytes per second.
@@ -200,7 +217,10 @@ mod tests {
         let later = now + Duration::from_secs(5);
         assert_eq!(rounds.observe(later, sample(1, 250, 6), b), (None, None));
         let (round, reason) = rounds.observe(later, sample(2, 256, 50), b);
-        assert_eq!(round.map(|r| (r.round, r.sent_bytes, r.dirtied_bytes)), Some((1, 256 * MIB, 50 * MIB)));
+        assert_eq!(
+            round.map(|r| (r.round, r.sent_bytes, r.dirtied_bytes)),
+            Some((1, 256 * MIB, 50 * MIB))
+        );
         assert_eq!(reason, None);
         let (_, reason) = rounds.observe(later, sample(3, 306, 15), b);
         assert_eq!(reason, Some(HoldReason::Converged));
@@ -213,7 +233,11 @@ mod tests {
         rounds.observe(now, sample(1, 0, 256), 1);
         let mut reasons = Vec::new();
         for i in 1..6 {
-            reasons.push(rounds.observe(now, sample(1 + i, 256 + 60 * (i - 1), 60), 1).1);
+            reasons.push(
+                rounds
+                    .observe(now, sample(1 + i, 256 + 60 * (i - 1), 60), 1)
+                    .1,
+            );
         }
         assert_eq!(reasons[..3], [None, None, None]);
         assert_eq!(reasons[3], Some(HoldReason::Stalled));
@@ -224,7 +248,10 @@ mod tests {
         let now = Instant::now();
         let mut rounds = rounds(now);
         rounds.observe(now, sample(1, 0, 256), 1);
-        assert_eq!(rounds.observe(now, sample(1, 800, 100), 1).1, Some(HoldReason::Bounded));
+        assert_eq!(
+            rounds.observe(now, sample(1, 800, 100), 1).1,
+            Some(HoldReason::Bounded)
+        );
     }
 
     #[test]

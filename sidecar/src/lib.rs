@@ -4,12 +4,15 @@
 //! `protocol`): they take input and the time, and return output and the next deadline. `daemon`
 //! drives them from one mio event loop.
 
-pub mod protocol;
 pub mod commit;
 pub mod config;
+pub mod daemon;
 pub mod hold;
 pub mod migration;
 pub mod notes;
+pub mod protocol;
 pub mod qmp;
 pub mod register;
 pub mod relay;
+pub mod run;
+mod sys;

@@ -130,9 +130,11 @@ pub fn load(directory: &Path) -> io::Result<(Vec<Note>, Vec<String>)> {
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        let note = fs::read(&path).map_err(|error| error.to_string()).and_then(|bytes| {
-            serde_json::from_slice::<Note>(&bytes).map_err(|error| error.to_string())
-        });
+        let note = fs::read(&path)
+            .map_err(|error| error.to_string())
+            .and_then(|bytes| {
+                serde_json::from_slice::<Note>(&bytes).map_err(|error| error.to_string())
+            });
         match note {
             Ok(note) if note.version == NOTE_VERSION => notes.push(note),
             Ok(note) => problems.push(format!(

@@ -104,7 +104,9 @@ impl<T> QmpClient<T> {
             lines: LineBuffer::new(MAX_LINE_BYTES),
             output: Vec::new(),
             queued: Vec::new(),
-            state: State::Greeting { deadline: now + GREETING_DEADLINE },
+            state: State::Greeting {
+                deadline: now + GREETING_DEADLINE,
+            },
             pending: VecDeque::new(),
             next_id: 1,
             version: String::new(),
@@ -113,7 +115,14 @@ impl<T> QmpClient<T> {
     }
 
     /// Sends a command; `timeout` is how long its answer may take.
-    pub fn send(&mut self, now: Instant, tag: T, command: &str, arguments: Value, timeout: Duration) {
+    pub fn send(
+        &mut self,
+        now: Instant,
+        tag: T,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+    ) {
         self.send_as("execute", now, tag, command, arguments, timeout);
     }
 
@@ -155,7 +164,13 @@ impl<T> QmpClient<T> {
             self.queued.extend_from_slice(&line);
         }
         let command = command.to_owned();
-        self.pending.push_back(Pending { id, tag, command, sent: now, deadline: now + timeout });
+        self.pending.push_back(Pending {
+            id,
+            tag,
+            command,
+            sent: now,
+            deadline: now + timeout,
+        });
     }
 
     /// Bytes to write to the socket; remove what was written with [`Self::written`].
@@ -187,7 +202,9 @@ impl<T> QmpClient<T> {
     pub fn poll(&mut self, now: Instant) -> Result<Option<QmpMessage<T>>, QmpError> {
         while let Some(line) = self.lines.next_line() {
             let Line::Whole(line) = line else {
-                return Err(QmpError::Protocol(format!("a line over {MAX_LINE_BYTES} bytes")));
+                return Err(QmpError::Protocol(format!(
+                    "a line over {MAX_LINE_BYTES} bytes"
+                )));
             };
             let value: Value = serde_json::from_slice(&line)
                 .map_err(|error| QmpError::Protocol(format!("invalid JSON: {error}")))?;
@@ -198,11 +215,17 @@ impl<T> QmpClient<T> {
         Ok(None)
     }
 
-    fn handle(&mut self, now: Instant, mut value: Value) -> Result<Option<QmpMessage<T>>, QmpError> {
+    fn handle(
+        &mut self,
+        now: Instant,
+        mut value: Value,
+    ) -> Result<Option<QmpMessage<T>>, QmpError> {
         match self.state {
             State::Greeting { .. } => {
                 let Some(greeting) = value.get("QMP") else {
-                    return Err(QmpError::Protocol("it did not begin with a greeting".into()));
+                    return Err(QmpError::Protocol(
+                        "it did not begin with a greeting".into(),
+                    ));
                 };
                 let qemu = &greeting["version"]["qemu"];
                 let part = |name: &str| qemu[name].as_u64().unwrap_or(0);
@@ -216,20 +239,26 @@ impl<T> QmpClient<T> {
                     "execute": "qmp_capabilities",
                     "arguments": { "enable": enable },
                 });
-                self.output.extend_from_slice(command.to_string().as_bytes());
+                self.output
+                    .extend_from_slice(command.to_string().as_bytes());
                 self.output.push(b'\n');
-                self.state = State::Negotiating { deadline: now + GREETING_DEADLINE };
+                self.state = State::Negotiating {
+                    deadline: now + GREETING_DEADLINE,
+                };
                 Ok(None)
             }
             State::Negotiating { .. } if value.get("return").is_some() => {
                 self.state = State::Ready;
                 let queued = std::mem::take(&mut self.queued);
                 self.output.extend_from_slice(&queued);
-                Ok(Some(QmpMessage::Ready { version: self.version.clone(), oob: self.oob }))
+                Ok(Some(QmpMessage::Ready {
+                    version: self.version.clone(),
+                    oob: self.oob,
+                }))
             }
-            State::Negotiating { .. } if value.get("error").is_some() => {
-                Err(QmpError::Protocol(format!("qmp_capabilities: {}", value["error"]["desc"])))
-            }
+            State::Negotiating { .. } if value.get("error").is_some() => Err(QmpError::Protocol(
+                format!("qmp_capabilities: {}", value["error"]["desc"]),
+            )),
             _ => Ok(self.message(&mut value)),
         }
     }
@@ -241,16 +270,26 @@ impl<T> QmpClient<T> {
             let seconds = stamp["seconds"].as_i64().unwrap_or(0);
             let micros = stamp["microseconds"].as_i64().unwrap_or(0);
             let at_us = seconds.saturating_mul(1_000_000).saturating_add(micros);
-            return Some(QmpMessage::Event { name, data: value["data"].take(), at_us });
+            return Some(QmpMessage::Event {
+                name,
+                data: value["data"].take(),
+                at_us,
+            });
         }
         let id = value["id"].as_u64()?;
         let index = self.pending.iter().position(|pending| pending.id == id)?;
         let pending = self.pending.remove(index)?;
         let result = match value.get_mut("return") {
             Some(value) => Ok(value.take()),
-            None => Err(value["error"]["desc"].as_str().unwrap_or("no description").to_owned()),
+            None => Err(value["error"]["desc"]
+                .as_str()
+                .unwrap_or("no description")
+                .to_owned()),
         };
-        Some(QmpMessage::Reply { tag: pending.tag, result })
+        Some(QmpMessage::Reply {
+            tag: pending.tag,
+            result,
+        })
     }
 
     /// When [`Self::overdue`] has to be asked again.
@@ -260,7 +299,11 @@ impl<T> QmpClient<T> {
             State::Greeting { deadline } | State::Negotiating { deadline } => Some(deadline),
             State::Ready => None,
         };
-        self.pending.iter().map(|pending| pending.deadline).chain(state).min()
+        self.pending
+            .iter()
+            .map(|pending| pending.deadline)
+            .chain(state)
+            .min()
     }
 
     /// Puts off every deadline to `until` at least: QEMU may be silent in stop-and-copy.
@@ -279,7 +322,10 @@ impl<T> QmpClient<T> {
             }
             _ => {}
         }
-        let pending = self.pending.iter().find(|pending| pending.deadline <= now)?;
+        let pending = self
+            .pending
+            .iter()
+            .find(|pending| pending.deadline <= now)?;
         Some(QmpError::Overdue {
             command: pending.command.clone(),
             waited_ms: now.saturating_duration_since(pending.sent).as_millis(),
@@ -303,7 +349,10 @@ mod tests {
         assert!(String::from_utf8_lossy(qmp.output()).contains("\"oob\""));
         qmp.written(qmp.output().len());
         qmp.receive(b"{\"return\": {}}\n");
-        let expected = QmpMessage::Ready { version: "10.0.2".into(), oob: true };
+        let expected = QmpMessage::Ready {
+            version: "10.0.2".into(),
+            oob: true,
+        };
         assert_eq!(qmp.poll(now), Ok(Some(expected)));
         qmp
     }
@@ -313,17 +362,34 @@ mod tests {
         let now = Instant::now();
         let mut qmp = ready(now);
         qmp.send(now, 1, "query-status", Value::Null, Duration::from_secs(1));
-        qmp.send_oob(now, 2, "yank", json!({"instances": []}), Duration::from_secs(2));
+        qmp.send_oob(
+            now,
+            2,
+            "yank",
+            json!({"instances": []}),
+            Duration::from_secs(2),
+        );
         assert!(String::from_utf8_lossy(qmp.output()).contains("exec-oob"));
         qmp.receive(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 2}\n");
-        qmp.receive(b"{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 5}}\n");
+        qmp.receive(
+            b"{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 5}}\n",
+        );
         qmp.receive(b"{\"return\": {\"status\": \"running\"}, \"id\": 1}\n");
-        let reply = QmpMessage::Reply { tag: 2, result: Err("no".into()) };
+        let reply = QmpMessage::Reply {
+            tag: 2,
+            result: Err("no".into()),
+        };
         assert_eq!(qmp.poll(now), Ok(Some(reply)));
-        let event =
-            QmpMessage::Event { name: "STOP".into(), data: Value::Null, at_us: 1_000_005 };
+        let event = QmpMessage::Event {
+            name: "STOP".into(),
+            data: Value::Null,
+            at_us: 1_000_005,
+        };
         assert_eq!(qmp.poll(now), Ok(Some(event)));
-        let reply = QmpMessage::Reply { tag: 1, result: Ok(json!({"status": "running"})) };
+        let reply = QmpMessage::Reply {
+            tag: 1,
+            result: Ok(json!({"status": "running"})),
+        };
         assert_eq!(qmp.poll(now), Ok(Some(reply)));
         assert!(qmp.is_quiet());
     }
@@ -332,7 +398,10 @@ mod tests {
     fn a_silent_monitor_and_a_late_answer_are_noticed() {
         let now = Instant::now();
         let silent = QmpClient::<u32>::new(now);
-        assert_eq!(silent.overdue(now + Duration::from_secs(3)), Some(QmpError::NoGreeting));
+        assert_eq!(
+            silent.overdue(now + Duration::from_secs(3)),
+            Some(QmpError::NoGreeting)
+        );
         let mut qmp = ready(now);
         qmp.send(now, 1, "query-migrate", Value::Null, Duration::from_secs(2));
         assert_eq!(qmp.deadline(), Some(now + Duration::from_secs(2)));

@@ -19,7 +19,9 @@ use crate::protocol::types::{RecordKey, RecordValue};
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
     /// The value does not belong to the key.
-    #[error("`{value:?}` is no value for this record: the group takes commit or abort, a VM source or destination")]
+    #[error(
+        "`{value:?}` is no value for this record: the group takes commit or abort, a VM source or destination"
+    )]
     Value {
         /// The value.
         value: RecordValue,
@@ -73,7 +75,10 @@ pub struct FileRegister {
 }
 
 fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RegisterError> {
-    result.map_err(|error| RegisterError::Io { path: path.to_owned(), error })
+    result.map_err(|error| RegisterError::Io {
+        path: path.to_owned(),
+        error,
+    })
 }
 
 /// Syncs a directory, so that the names in it survive a crash of the host.
@@ -94,9 +99,14 @@ fn text(value: RecordValue) -> &'static str {
 }
 
 fn read_value(text: &str) -> Option<RecordValue> {
-    let all =
-        [RecordValue::Commit, RecordValue::Abort, RecordValue::Source, RecordValue::Destination];
-    all.into_iter().find(|value| self::text(*value) == text.trim_end())
+    let all = [
+        RecordValue::Commit,
+        RecordValue::Abort,
+        RecordValue::Source,
+        RecordValue::Destination,
+    ];
+    all.into_iter()
+        .find(|value| self::text(*value) == text.trim_end())
 }
 
 fn fits(key: RecordKey, value: RecordValue) -> bool {
@@ -125,10 +135,15 @@ impl FileRegister {
         match fs::read_to_string(path) {
             Ok(text) => match read_value(&text) {
                 Some(value) => Ok(Some(value)),
-                None => Err(RegisterError::Corrupt { path: path.to_owned() }),
+                None => Err(RegisterError::Corrupt {
+                    path: path.to_owned(),
+                }),
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(RegisterError::Io { path: path.to_owned(), error }),
+            Err(error) => Err(RegisterError::Io {
+                path: path.to_owned(),
+                error,
+            }),
         }
     }
 }
@@ -164,7 +179,12 @@ impl Register for FileRegister {
         match written {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(RegisterError::Io { path: temporary, error }),
+            Err(error) => {
+                return Err(RegisterError::Io {
+                    path: temporary,
+                    error,
+                });
+            }
         }
         at(&directory, sync_directory(&directory))?;
         Self::read(&path)?.ok_or(RegisterError::Corrupt { path })
@@ -175,7 +195,12 @@ impl Register for FileRegister {
         let entries = match fs::read_dir(&directory) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(RegisterError::Io { path: directory, error }),
+            Err(error) => {
+                return Err(RegisterError::Io {
+                    path: directory,
+                    error,
+                });
+            }
         };
         let mut records = Vec::new();
         for entry in entries {
@@ -199,9 +224,10 @@ impl Register for FileRegister {
     fn forget(&mut self, run: Uuid) -> Result<(), RegisterError> {
         let directory = self.run_directory(run);
         match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(RegisterError::Io { path: directory, error })
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(RegisterError::Io {
+                path: directory,
+                error,
+            }),
             _ => Ok(()),
         }
     }
@@ -217,12 +243,25 @@ mod tests {
         let open = || FileRegister::open(directory.path().join("register")).expect("opens");
         let (run, vm) = (Uuid::from_u128(1), RecordKey::Vm(Uuid::from_u128(2)));
         let decide = |key, value| open().decide(run, key, value).expect("decides");
-        assert_eq!(decide(RecordKey::Group, RecordValue::Abort), RecordValue::Abort);
-        assert_eq!(decide(RecordKey::Group, RecordValue::Commit), RecordValue::Abort);
+        assert_eq!(
+            decide(RecordKey::Group, RecordValue::Abort),
+            RecordValue::Abort
+        );
+        assert_eq!(
+            decide(RecordKey::Group, RecordValue::Commit),
+            RecordValue::Abort
+        );
         assert_eq!(decide(vm, RecordValue::Source), RecordValue::Source);
-        let all = vec![(RecordKey::Group, RecordValue::Abort), (vm, RecordValue::Source)];
+        let all = vec![
+            (RecordKey::Group, RecordValue::Abort),
+            (vm, RecordValue::Source),
+        ];
         assert_eq!(open().records(run).expect("reads"), all);
-        assert!(open().decide(run, RecordKey::Group, RecordValue::Source).is_err());
+        assert!(
+            open()
+                .decide(run, RecordKey::Group, RecordValue::Source)
+                .is_err()
+        );
         open().forget(run).expect("forgets");
         assert_eq!(open().records(run).expect("reads"), []);
         open().forget(run).expect("is idempotent");
@@ -237,16 +276,27 @@ mod tests {
                 .map(|i| {
                     let path = directory.path().join("register");
                     scope.spawn(move || {
-                        let value =
-                            if i % 2 == 0 { RecordValue::Commit } else { RecordValue::Abort };
+                        let value = if i % 2 == 0 {
+                            RecordValue::Commit
+                        } else {
+                            RecordValue::Abort
+                        };
                         let mut register = FileRegister::open(path).expect("opens");
-                        register.decide(run, RecordKey::Group, value).expect("decides")
+                        register
+                            .decide(run, RecordKey::Group, value)
+                            .expect("decides")
                     })
                 })
                 .collect();
-            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("no panic"))
+                .collect()
         });
-        assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "{answers:?}");
+        assert!(
+            answers.windows(2).all(|pair| pair[0] == pair[1]),
+            "{answers:?}"
+        );
     }
 
     #[test]

@@ -260,13 +260,21 @@ impl Run {
     #[must_use]
     pub fn phase(&self) -> Option<Phase> {
         let phases = || self.halves.iter().map(|half| half.half().phase());
-        phases().filter(|phase| !phase.is_final()).min().or_else(|| phases().max())
+        phases()
+            .filter(|phase| !phase.is_final())
+            .min()
+            .or_else(|| phases().max())
     }
 
     /// Puts an event into its envelope.
     pub fn envelope(&mut self, now: Now, event: Event) -> Envelope {
         self.seq += 1;
-        Envelope { run: self.id, seq: self.seq, at_us: now.unix_us, event }
+        Envelope {
+            run: self.id,
+            seq: self.seq,
+            at_us: now.unix_us,
+            event,
+        }
     }
 
     /// The coordinator spoke: its lease is renewed. A lost one stays lost.
@@ -281,7 +289,9 @@ impl Run {
             return;
         }
         self.lease_lost = true;
-        self.events.push(Event::CoordinatorLost { error: error.to_owned() });
+        self.events.push(Event::CoordinatorLost {
+            error: error.to_owned(),
+        });
     }
 
     /// `abort` was commanded.
@@ -388,7 +398,11 @@ impl Run {
                 ask = Some(Ask::Records);
             }
             let taken = self.halves[index].half_mut().take_outputs();
-            outputs.extend(taken.into_iter().map(|output| RunOutput::Half(index, output)));
+            outputs.extend(
+                taken
+                    .into_iter()
+                    .map(|output| RunOutput::Half(index, output)),
+            );
         }
         self.wants_answer = ask.is_some();
         if let Some(ask) = ask.filter(|_| self.asked.is_none() && self.ask_at <= now.mono) {
@@ -427,7 +441,11 @@ impl Run {
         if self.ended || self.halves.is_empty() {
             return;
         }
-        if self.halves.iter().all(|half| half.half().phase().is_final()) {
+        if self
+            .halves
+            .iter()
+            .all(|half| half.half().phase().is_final())
+        {
             self.ended = true;
             self.in_doubt = false;
             let vms = self.reports();
@@ -459,7 +477,11 @@ impl Run {
             return None;
         }
         let lease = (!self.lease_lost).then(|| {
-            let silence = if self.silence_told { self.lease } else { SILENCE.min(self.lease) };
+            let silence = if self.silence_told {
+                self.lease
+            } else {
+                SILENCE.min(self.lease)
+            };
             self.heard + silence
         });
         let ask = match self.asked {
@@ -467,7 +489,10 @@ impl Run {
             None => self.wants_answer.then_some(self.ask_at),
         };
         let halves = self.halves.iter().filter_map(VmHalf::deadline).min();
-        [lease, ask, halves, Some(self.next_report)].into_iter().flatten().min()
+        [lease, ask, halves, Some(self.next_report)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Whether the register's answer is overdue.

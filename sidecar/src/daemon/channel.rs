@@ -50,7 +50,12 @@ impl End {
     /// A freshly registered socket; trying is how its readiness is found out.
     #[must_use]
     pub fn new(token: Token, socket: Socket) -> Self {
-        Self { token, socket, readable: true, writable: true }
+        Self {
+            token,
+            socket,
+            readable: true,
+            writable: true,
+        }
     }
 }
 
@@ -101,7 +106,10 @@ impl Channel {
         hello: &Hello,
         gated: bool,
     ) -> Self {
-        let state = State::Greeting { hello: hello.encode().to_vec(), by: now + HELLO_DEADLINE };
+        let state = State::Greeting {
+            hello: hello.encode().to_vec(),
+            by: now + HELLO_DEADLINE,
+        };
         let mut channel = Self::new(Role::Source, peer, state);
         channel.half = Some(half);
         channel.qemu = Some(qemu);
@@ -112,7 +120,10 @@ impl Channel {
     /// Destination: another sidecar connected.
     #[must_use]
     pub fn incoming(now: Instant, peer: End) -> Self {
-        let state = State::Greeted { hello: Vec::new(), by: now + HELLO_DEADLINE };
+        let state = State::Greeted {
+            hello: Vec::new(),
+            by: now + HELLO_DEADLINE,
+        };
         Self::new(Role::Destination, peer, state)
     }
 
@@ -249,7 +260,11 @@ impl Channel {
             // QEMU closed its end: it has loaded everything, or failed. Nothing more can come.
             return Step::Finished;
         }
-        if moved >= TURN_BYTES { Step::More } else { Step::Fine }
+        if moved >= TURN_BYTES {
+            Step::More
+        } else {
+            Step::Fine
+        }
     }
 
     fn greet(&mut self, now: Instant) -> Step {
@@ -326,7 +341,9 @@ impl Channel {
     }
 
     fn read_qemu(&mut self) -> Step {
-        let Some(qemu) = &mut self.qemu else { return Step::Fine };
+        let Some(qemu) = &mut self.qemu else {
+            return Step::Fine;
+        };
         while qemu.readable && !self.from_qemu.has_ended() && !self.from_qemu.room().is_empty() {
             match read_some(&mut qemu.socket, self.from_qemu.room()) {
                 Moved::Bytes(n) => self.from_qemu.fill(n),
@@ -365,7 +382,9 @@ impl Channel {
                 Moved::Broken(error) => return broken("the other sidecar", &error),
             }
         }
-        let Some(qemu) = &mut self.qemu else { return Step::Fine };
+        let Some(qemu) = &mut self.qemu else {
+            return Step::Fine;
+        };
         while qemu.writable && !self.to_qemu.is_empty() {
             match write_some(&mut qemu.socket, self.to_qemu.filled()) {
                 Moved::Bytes(n) => self.to_qemu.consume(n),
@@ -374,7 +393,11 @@ impl Channel {
                 Moved::Broken(_) => return Step::Finished,
             }
         }
-        if self.to_qemu.is_done() { Step::Finished } else { Step::Fine }
+        if self.to_qemu.is_done() {
+            Step::Finished
+        } else {
+            Step::Fine
+        }
     }
 
     /// Source: writes up to `budget` bytes of the stream; how many it wrote.

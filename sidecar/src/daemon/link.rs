@@ -52,7 +52,11 @@ impl Link {
     /// A link over a socket that is being connected.
     #[must_use]
     pub fn new(now: Instant, token: Token, socket: Socket) -> Self {
-        Self { token, socket, client: QmpClient::new(now) }
+        Self {
+            token,
+            socket,
+            client: QmpClient::new(now),
+        }
     }
 
     /// Sends a question.
@@ -88,7 +92,9 @@ impl Link {
         }
         while let Some(message) = self.client.poll(now).map_err(|error| error.to_string())? {
             if let QmpMessage::Reply { tag, result } = message {
-                records.get_or_insert_with(Vec::new).extend(read_answer(tag, &result?)?);
+                records
+                    .get_or_insert_with(Vec::new)
+                    .extend(read_answer(tag, &result?)?);
             }
         }
         while !self.client.output().is_empty() {

@@ -41,6 +41,7 @@ use channel::{Channel, HalfKey};
 use control::Client;
 use halves::{HalfIo, Probe};
 use link::Link;
+use process::Process;
 use storage::{Done, Job, Storage};
 
 /// What a poll token stands for.
@@ -94,6 +95,8 @@ pub struct Daemon {
     links: HashMap<Uuid, Link>,
     probes: HashMap<usize, Probe>,
     alarms: Vec<String>,
+    children: Vec<Process>,
+    measured_at: Option<Instant>,
 }
 
 /// Runs that are over are remembered so that they can be queried; the oldest go first.
@@ -102,8 +105,13 @@ const REMEMBERED_RUNS: usize = 64;
 const IDLE: Duration = Duration::from_secs(5);
 
 fn now() -> Now {
-    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Now { mono: Instant::now(), unix_us: i64::try_from(unix.as_micros()).unwrap_or(i64::MAX) }
+    let unix = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Now {
+        mono: Instant::now(),
+        unix_us: i64::try_from(unix.as_micros()).unwrap_or(i64::MAX),
+    }
 }
 
 fn log(text: &str) {
@@ -143,7 +151,10 @@ impl Daemon {
         let streams = TcpListener::bind(listen).with_context(|| {
             format!("the stream address {listen} cannot be used (is the port taken?)")
         })?;
-        let stream_address = streams.local_addr().context("the stream address")?.to_string();
+        let stream_address = streams
+            .local_addr()
+            .context("the stream address")?
+            .to_string();
         let start = Instant::now();
         let pacing = Hierarchy::new(start, config.limits.link);
         let mut daemon = Self {
@@ -168,6 +179,8 @@ impl Daemon {
             links: HashMap::new(),
             probes: HashMap::new(),
             alarms: Vec::new(),
+            children: Vec::new(),
+            measured_at: None,
         };
         daemon.register_listeners()?;
         daemon.take_over()?;
@@ -183,10 +196,14 @@ impl Daemon {
         let registry = self.poll.registry();
         registry.register(&mut self.control_unix, token, Interest::READABLE)?;
         let token = self.token(Slot::Streams);
-        self.poll.registry().register(&mut self.streams, token, Interest::READABLE)?;
+        self.poll
+            .registry()
+            .register(&mut self.streams, token, Interest::READABLE)?;
         let token = self.token(Slot::ControlTcp);
         if let Some(listener) = &mut self.control_tcp {
-            self.poll.registry().register(listener, token, Interest::READABLE)?;
+            self.poll
+                .registry()
+                .register(listener, token, Interest::READABLE)?;
         }
         Ok(())
     }
@@ -223,7 +240,10 @@ impl Daemon {
             }
             let now = self::now();
             for event in &events {
-                let ready = (event.is_readable() || event.is_read_closed(), event.is_writable());
+                let ready = (
+                    event.is_readable() || event.is_read_closed(),
+                    event.is_writable(),
+                );
                 let slot = self.slots.get(&event.token()).copied();
                 match slot {
                     Some(Slot::Signals) => {
@@ -268,7 +288,9 @@ impl Daemon {
             Done::Answer(asker, result) => self.answer(asker, &result),
             Done::Spawned(run, half, child) => self.spawned(now, (run, half), child),
             Done::NoteSaved(run, saved) => {
-                let Some(entry) = self.runs.get_mut(&run) else { return };
+                let Some(entry) = self.runs.get_mut(&run) else {
+                    return;
+                };
                 for half in &mut entry.run.halves {
                     match &saved {
                         Ok(()) => {
@@ -349,7 +371,9 @@ impl Daemon {
         if let Event::Status { vms } | Event::RunEnded { vms } = &mut event {
             self.complete_reports(run, vms);
         }
-        let Some(entry) = self.runs.get_mut(&run) else { return };
+        let Some(entry) = self.runs.get_mut(&run) else {
+            return;
+        };
         match &event {
             Event::InDoubt { error } => self.alarms.push(format!("run {run}: {error}")),
             Event::Failed { vm, error, .. } => log(&format!("run {run}, VM {vm}: {error}")),
@@ -362,7 +386,8 @@ impl Daemon {
 
     fn end_run(&mut self, run: Uuid) {
         self.drop_link(run);
-        self.alarms.retain(|alarm| !alarm.contains(&run.to_string()));
+        self.alarms
+            .retain(|alarm| !alarm.contains(&run.to_string()));
         self.release_halves(run);
         if let Err(error) = self.storage.submit(Job::RemoveNote(run)) {
             log(&error);
@@ -379,10 +404,15 @@ impl Daemon {
     }
 
     fn save_note(&mut self, run: Uuid) {
-        let Some(entry) = self.runs.get(&run) else { return };
+        let Some(entry) = self.runs.get(&run) else {
+            return;
+        };
         let note = entry.run.note(|half| {
             let io = &entry.io[half];
-            let process = io.process.as_ref().map(|(_, process)| (process.pid, process.started));
+            let process = io
+                .process
+                .as_ref()
+                .map(|(_, process)| (process.pid, process.started));
             (io.qmp_path.display().to_string(), process)
         });
         if let Err(error) = self.storage.submit(Job::SaveNote(Box::new(note))) {
@@ -395,7 +425,9 @@ impl Daemon {
     }
 
     fn ask_register(&mut self, now: Now, run: Uuid, ask: Ask) {
-        let Some(entry) = self.runs.get(&run) else { return };
+        let Some(entry) = self.runs.get(&run) else {
+            return;
+        };
         let address = entry.run.register.clone();
         if !self.links.contains_key(&run) {
             let connected = link::connect(&address).and_then(|mut socket| {
@@ -422,9 +454,13 @@ impl Daemon {
     }
 
     fn serve_link(&mut self, now: Now, run: Uuid) {
-        let Some(link) = self.links.get_mut(&run) else { return };
+        let Some(link) = self.links.get_mut(&run) else {
+            return;
+        };
         let step = link.step(now.mono);
-        let Some(entry) = self.runs.get_mut(&run) else { return };
+        let Some(entry) = self.runs.get_mut(&run) else {
+            return;
+        };
         match step {
             Ok(Some(records)) => entry.run.answered(now, &records),
             Ok(None) => {}
@@ -451,10 +487,18 @@ impl Daemon {
         }
         let runs = self.runs.values().filter_map(|entry| entry.run.deadline());
         let channels = self.channels.values().filter_map(Channel::deadline);
-        let scheduled =
-            self.runs.values().flat_map(|entry| entry.scheduled.iter().map(|(at, _)| *at));
+        let scheduled = self
+            .runs
+            .values()
+            .flat_map(|entry| entry.scheduled.iter().map(|(at, _)| *at));
         let probes = self.probes.values().map(|probe| probe.by);
-        let next = runs.chain(channels).chain(scheduled).chain(probes).chain(self.pace_at).min();
-        next.map_or(IDLE, |at| at.saturating_duration_since(now.mono)).min(IDLE)
+        let next = runs
+            .chain(channels)
+            .chain(scheduled)
+            .chain(probes)
+            .chain(self.pace_at)
+            .min();
+        next.map_or(IDLE, |at| at.saturating_duration_since(now.mono))
+            .min(IDLE)
     }
 }

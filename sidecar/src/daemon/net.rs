@@ -55,7 +55,8 @@ impl Socket {
     /// # Errors
     /// Those of epoll.
     pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        self.source().register(registry, token, Interest::READABLE | Interest::WRITABLE)
+        self.source()
+            .register(registry, token, Interest::READABLE | Interest::WRITABLE)
     }
 
     /// Ends the registration.
@@ -95,12 +96,10 @@ impl Socket {
     #[must_use]
     pub fn peer_pid(&self) -> Option<i32> {
         match self {
-            Self::Unix(stream) => {
-                nix::sys::socket::getsockopt(stream, sockopt::PeerCredentials)
-                    .ok()
-                    .map(|credentials| credentials.pid())
-                    .filter(|pid| *pid > 0)
-            }
+            Self::Unix(stream) => nix::sys::socket::getsockopt(stream, sockopt::PeerCredentials)
+                .ok()
+                .map(|credentials| credentials.pid())
+                .filter(|pid| *pid > 0),
             Self::Tcp(_) => None,
         }
     }
@@ -182,14 +181,23 @@ const METER_WINDOW: Duration = Duration::from_secs(1);
 impl RateMeter {
     /// Takes the total so far and returns the rate.
     pub fn observe(&mut self, now: Instant, total_bytes: u64) -> u64 {
-        let step = self.samples.back().is_none_or(|(at, _)| now.duration_since(*at) >= METER_STEP);
+        let step = self
+            .samples
+            .back()
+            .is_none_or(|(at, _)| now.duration_since(*at) >= METER_STEP);
         if step {
             self.samples.push_back((now, total_bytes));
         }
-        while self.samples.get(1).is_some_and(|(at, _)| now.duration_since(*at) >= METER_WINDOW) {
+        while self
+            .samples
+            .get(1)
+            .is_some_and(|(at, _)| now.duration_since(*at) >= METER_WINDOW)
+        {
             self.samples.pop_front();
         }
-        let Some((since, bytes)) = self.samples.front() else { return 0 };
+        let Some((since, bytes)) = self.samples.front() else {
+            return 0;
+        };
         let micros = now.duration_since(*since).as_micros();
         if micros < 20_000 {
             return 0;

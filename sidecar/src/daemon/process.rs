@@ -29,7 +29,12 @@ impl Process {
     pub fn watch(pid: i32) -> io::Result<Self> {
         let fd = sys::pidfd_open(pid)?;
         let started = start_time(pid).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Self { pid, started, fd, child: None })
+        Ok(Self {
+            pid,
+            started,
+            fd,
+            child: None,
+        })
     }
 
     /// Watches the process of a note, unless its number belongs to another one by now.
@@ -52,7 +57,10 @@ impl Process {
     pub fn of_child(mut child: Child) -> io::Result<Self> {
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         match Self::watch(pid) {
-            Ok(process) => Ok(Self { child: Some(child), ..process }),
+            Ok(process) => Ok(Self {
+                child: Some(child),
+                ..process
+            }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();

@@ -82,14 +82,18 @@ impl Storage {
         let notes_dir = state_dir.join("runs");
         let (jobs, queue) = bounded::<Job>(QUEUE);
         let (results, done) = bounded::<Done>(QUEUE);
-        std::thread::Builder::new().name("storage".into()).spawn(move || {
-            for job in queue {
-                let Some(result) = perform(job, &mut register, &notes_dir) else { continue };
-                if results.send(result).is_err() || waker.wake().is_err() {
-                    return;
+        std::thread::Builder::new()
+            .name("storage".into())
+            .spawn(move || {
+                for job in queue {
+                    let Some(result) = perform(job, &mut register, &notes_dir) else {
+                        continue;
+                    };
+                    if results.send(result).is_err() || waker.wake().is_err() {
+                        return;
+                    }
                 }
-            }
-        })?;
+            })?;
         Ok(Self { jobs, done })
     }
 
@@ -111,7 +115,10 @@ impl Storage {
 }
 
 fn answer(asker: Asker, result: Result<Value, impl std::fmt::Display>) -> Done {
-    Done::Answer(asker, result.map_err(|error| CommandError::generic(error.to_string())))
+    Done::Answer(
+        asker,
+        result.map_err(|error| CommandError::generic(error.to_string())),
+    )
 }
 
 /// `records` as they stand in answers: `{"group": "commit", "vm-UUID": "source"}`.
@@ -155,15 +162,22 @@ fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -
             }
             return None;
         }
-        Job::Decide(asker, run, key, value) => {
-            answer(asker, register.decide(run, key, value).map(|value| json!({ "value": value })))
-        }
-        Job::Records(asker, run) => {
-            answer(asker, register.records(run).map(|records| records_value(&records)))
-        }
+        Job::Decide(asker, run, key, value) => answer(
+            asker,
+            register
+                .decide(run, key, value)
+                .map(|value| json!({ "value": value })),
+        ),
+        Job::Records(asker, run) => answer(
+            asker,
+            register.records(run).map(|records| records_value(&records)),
+        ),
         Job::Forget(asker, run) => answer(asker, register.forget(run).map(|()| json!({}))),
-        Job::Spawn { run, half, arguments, log } => {
-            Done::Spawned(run, half, process::spawn(&arguments, &log))
-        }
+        Job::Spawn {
+            run,
+            half,
+            arguments,
+            log,
+        } => Done::Spawned(run, half, process::spawn(&arguments, &log)),
     })
 }

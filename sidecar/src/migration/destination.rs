@@ -58,6 +58,19 @@ pub enum Tag {
     Quit,
 }
 
+/// Where an incoming VM is to be.
+#[derive(Debug, Clone, Default)]
+pub struct Place {
+    /// The machine type it must have.
+    pub machine: Option<String>,
+    /// Where other sidecars connect, for PREPARED.
+    pub stream_address: String,
+    /// Unix socket on which QEMU takes the stream.
+    pub incoming_path: String,
+    /// Start its QEMU, rather than adopt one that waits.
+    pub spawn: bool,
+}
+
 /// The machine. See the module.
 #[derive(Debug)]
 pub struct Destination {
@@ -67,11 +80,7 @@ pub struct Destination {
     pub qmp: Option<QmpClient<Tag>>,
     /// Whether the guest ran at the source (from the stream's hello); else it stays paused.
     pub was_running: bool,
-    /// Where other sidecars connect, for PREPARED.
-    stream_address: String,
-    /// Unix socket on which QEMU takes the stream.
-    incoming_path: String,
-    machine: Option<String>,
+    place: Place,
     settings: Settings,
     state: DestinationHalf,
     identity: Identity,
@@ -88,27 +97,20 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Begins to prepare an incoming VM; `spawn` if its QEMU is to be started here.
+    /// Begins to prepare an incoming VM.
     #[must_use]
-    pub fn new(
-        now: Now,
-        name: String,
-        uuid: uuid::Uuid,
-        settings: Settings,
-        machine: Option<String>,
-        stream_address: String,
-        incoming_path: String,
-        spawn: bool,
-    ) -> Self {
+    pub fn new(now: Now, name: String, uuid: uuid::Uuid, settings: Settings, place: Place) -> Self {
         let mut half = Half::new(now, name, uuid, Role::Destination);
-        half.put(if spawn { Output::Spawn } else { Output::ConnectQmp });
+        half.put(if place.spawn {
+            Output::Spawn
+        } else {
+            Output::ConnectQmp
+        });
         Self {
             half,
             qmp: None,
             was_running: true,
-            stream_address,
-            incoming_path,
-            machine,
+            place,
             settings,
             state: DestinationHalf::Loading,
             identity: Identity::default(),
@@ -134,8 +136,7 @@ impl Destination {
         settings: Settings,
         was_running: bool,
     ) -> Self {
-        let empty = String::new;
-        let mut this = Self::new(now, name, uuid, settings, None, empty(), empty(), false);
+        let mut this = Self::new(now, name, uuid, settings, Place::default());
         this.adopting = true;
         this.was_running = was_running;
         this.wants_out = true;
@@ -210,7 +211,10 @@ impl Destination {
         match self.connect_by {
             Some(by) if by <= now.mono => {
                 self.connect_by = None;
-                self.fail(format!("the incoming QEMU's monitor does not open: {error}"), false);
+                self.fail(
+                    format!("the incoming QEMU's monitor does not open: {error}"),
+                    false,
+                );
                 self.half.put(Output::Kill);
             }
             _ => self.reconnect_at = Some(now.mono + RECONNECT),
@@ -230,13 +234,20 @@ impl Destination {
             self.state = DestinationHalf::Killed;
             return;
         }
-        let cont_sent =
-            matches!(self.state, DestinationHalf::ContSent | DestinationHalf::Running)
-                || self.adopting;
-        if !matches!(self.state, DestinationHalf::Dead { .. } | DestinationHalf::Killed) {
+        let cont_sent = matches!(
+            self.state,
+            DestinationHalf::ContSent | DestinationHalf::Running
+        ) || self.adopting;
+        if !matches!(
+            self.state,
+            DestinationHalf::Dead { .. } | DestinationHalf::Killed
+        ) {
             self.state = DestinationHalf::Dead { cont_sent };
             self.half.enter(now, Phase::RollingBack);
-            self.fail("the destination's QEMU process ended unexpectedly (see its log)", true);
+            self.fail(
+                "the destination's QEMU process ended unexpectedly (see its log)",
+                true,
+            );
         }
     }
 
@@ -279,7 +290,11 @@ impl Destination {
             End::Committed => self.half.enter(now, Phase::Committed),
             End::RolledBack => {
                 self.half.enter(now, Phase::RolledBack);
-                self.half.tell(Event::RolledBack { vm, role: Role::Destination, reason });
+                self.half.tell(Event::RolledBack {
+                    vm,
+                    role: Role::Destination,
+                    reason,
+                });
             }
             End::Diverged(side) => {
                 let phase = match side {
@@ -306,15 +321,27 @@ impl Destination {
                 }
             }
             QmpMessage::Event { name, data, at_us } => self.event(now, &name, &data, at_us),
-            QmpMessage::Reply { tag, result: Ok(value) } => self.reply(now, tag, &value),
-            QmpMessage::Reply { tag, result: Err(error) } => match tag {
+            QmpMessage::Reply {
+                tag,
+                result: Ok(value),
+            } => self.reply(now, tag, &value),
+            QmpMessage::Reply {
+                tag,
+                result: Err(error),
+            } => match tag {
                 Tag::Tidy => self.tidied(),
                 Tag::Quit | Tag::Health => {}
                 Tag::Cont => {
                     self.state = DestinationHalf::Loaded;
-                    self.fail(format!("the destination cannot be continued: {error}"), false);
+                    self.fail(
+                        format!("the destination cannot be continued: {error}"),
+                        false,
+                    );
                 }
-                _ => self.fail(format!("the incoming QEMU refused ({tag:?}): {error}"), false),
+                _ => self.fail(
+                    format!("the incoming QEMU refused ({tag:?}): {error}"),
+                    false,
+                ),
             },
         }
     }
@@ -329,10 +356,15 @@ impl Destination {
             }
             Tag::SetCapabilities => {
                 let parameters = self.parameters();
-                self.send(now, Tag::SetParameters, "migrate-set-parameters", parameters);
+                self.send(
+                    now,
+                    Tag::SetParameters,
+                    "migrate-set-parameters",
+                    parameters,
+                );
             }
             Tag::SetParameters => {
-                let mut arguments = json!({ "uri": format!("unix:{}", self.incoming_path) });
+                let mut arguments = json!({ "uri": format!("unix:{}", self.place.incoming_path) });
                 if self.identity.is_at_least(9, 1) {
                     arguments["exit-on-error"] = json!(false);
                 }
@@ -344,7 +376,7 @@ impl Destination {
                 let event = Event::Prepared {
                     vm: self.half.name.clone(),
                     role: Role::Destination,
-                    stream: Some(self.stream_address.clone()),
+                    stream: Some(self.place.stream_address.clone()),
                     memory_bytes: 0,
                     qemu_version: self.identity.version.clone(),
                 };
@@ -392,7 +424,11 @@ impl Destination {
             multifd: self.settings.multifd_channels > 0,
         };
         let identity = &self.identity;
-        let machine = self.machine.as_deref().filter(|machine| *machine != identity.machine);
+        let machine = self
+            .place
+            .machine
+            .as_deref()
+            .filter(|machine| *machine != identity.machine);
         let problem = if identity.uuid != self.half.uuid {
             Some(format!(
                 "the incoming QEMU has UUID {}, expected {}: set `-uuid` in its template",
@@ -423,7 +459,12 @@ impl Destination {
             identity.original_parameters(&self.parameters()),
         );
         self.originals = Some(back);
-        self.send(now, Tag::SetCapabilities, "migrate-set-capabilities", capabilities);
+        self.send(
+            now,
+            Tag::SetCapabilities,
+            "migrate-set-capabilities",
+            capabilities,
+        );
     }
 
     fn adopted(&mut self, now: Now, value: &Value) {
@@ -449,7 +490,10 @@ impl Destination {
             }
             ("MIGRATION", "failed") if self.state == DestinationHalf::Loading => {
                 self.state = DestinationHalf::Broken;
-                self.fail("the incoming migration failed (stream cut or not loadable)", false);
+                self.fail(
+                    "the incoming migration failed (stream cut or not loadable)",
+                    false,
+                );
             }
             _ => {}
         }
@@ -463,7 +507,10 @@ impl Destination {
         self.next_ask = Some((now.mono + HEALTH, Tag::Health));
         self.half.enter(now, Phase::Arrived);
         let vm = self.half.name.clone();
-        self.half.tell(Event::Arrived { vm, role: Role::Destination });
+        self.half.tell(Event::Arrived {
+            vm,
+            role: Role::Destination,
+        });
     }
 
     fn runs(&mut self, now: Now) {
@@ -494,9 +541,16 @@ impl Destination {
     /// When [`Self::tick`] wants to be called.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let qmp = self.qmp.as_ref().filter(|_| !self.hung).and_then(QmpClient::deadline);
+        let qmp = self
+            .qmp
+            .as_ref()
+            .filter(|_| !self.hung)
+            .and_then(QmpClient::deadline);
         let ask = self.next_ask.map(|(at, _)| at);
-        [qmp, ask, self.reconnect_at, self.kill_by].into_iter().flatten().min()
+        [qmp, ask, self.reconnect_at, self.kill_by]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Does what is due.

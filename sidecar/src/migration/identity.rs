@@ -73,7 +73,10 @@ impl Identity {
     /// An identity of a QEMU of this version, nothing asked yet.
     #[must_use]
     pub fn new(version: String) -> Self {
-        Self { version, ..Self::default() }
+        Self {
+            version,
+            ..Self::default()
+        }
     }
 
     /// Takes one answer; true when it was the last one.
@@ -81,7 +84,10 @@ impl Identity {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         match question {
             Question::Uuid => {
-                self.uuid = value["UUID"].as_str().and_then(|s| s.parse().ok()).unwrap_or_default();
+                self.uuid = value["UUID"]
+                    .as_str()
+                    .and_then(|s| s.parse().ok())
+                    .unwrap_or_default();
             }
             Question::Status => self.status = text(&value["status"]),
             Question::Migration => {
@@ -93,7 +99,10 @@ impl Identity {
                     .into_iter()
                     .flatten()
                     .filter_map(|item| {
-                        Some((item["capability"].as_str()?.to_owned(), item["state"].as_bool()?))
+                        Some((
+                            item["capability"].as_str()?.to_owned(),
+                            item["state"].as_bool()?,
+                        ))
                     })
                     .collect();
             }
@@ -119,13 +128,19 @@ impl Identity {
     /// Whether a migration is going on.
     #[must_use]
     pub fn is_migrating(&self) -> bool {
-        !matches!(self.migration.as_str(), "none" | "completed" | "failed" | "cancelled")
+        !matches!(
+            self.migration.as_str(),
+            "none" | "completed" | "failed" | "cancelled"
+        )
     }
 
     /// Whether QEMU is at least of this version.
     #[must_use]
     pub fn is_at_least(&self, major: u64, minor: u64) -> bool {
-        let mut parts = self.version.split('.').map(|part| part.parse::<u64>().unwrap_or(0));
+        let mut parts = self
+            .version
+            .split('.')
+            .map(|part| part.parse::<u64>().unwrap_or(0));
         let found = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
         found >= (major, minor)
     }
@@ -150,7 +165,11 @@ impl Identity {
     #[must_use]
     pub fn original_parameters(&self, changed: &Value) -> Value {
         let mut object = serde_json::Map::new();
-        for name in changed.as_object().into_iter().flat_map(|object| object.keys()) {
+        for name in changed
+            .as_object()
+            .into_iter()
+            .flat_map(|object| object.keys())
+        {
             if let Some(value) = self.parameters.get(name) {
                 object.insert(name.clone(), value.clone());
             }
@@ -206,8 +225,9 @@ impl CapabilityPlan {
             ("auto-converge", self.throttle, "1.6"),
             ("multifd", self.multifd, "4.0"),
         ];
-        let (name, _, since) =
-            needed.into_iter().find(|(name, wanted, _)| *wanted && !identity.has_capability(name))?;
+        let (name, _, since) = needed
+            .into_iter()
+            .find(|(name, wanted, _)| *wanted && !identity.has_capability(name))?;
         Some(format!(
             "QEMU {} has no migration capability `{name}`: QEMU {since} or newer is needed",
             identity.version
@@ -226,22 +246,45 @@ mod tests {
             .map(|name| json!({"capability": name, "state": *name == "multifd"}))
             .collect();
         identity.answer(Question::Capabilities, &json!(capabilities));
-        identity.answer(Question::Parameters, &json!({"max-bandwidth": 7, "downtime-limit": 300}));
+        identity.answer(
+            Question::Parameters,
+            &json!({"max-bandwidth": 7, "downtime-limit": 300}),
+        );
         identity
     }
 
     #[test]
     fn says_what_is_missing() {
-        let plan = CapabilityPlan { hold: true, pause: false, throttle: false, multifd: true };
+        let plan = CapabilityPlan {
+            hold: true,
+            pause: false,
+            throttle: false,
+            multifd: true,
+        };
         let text = plan.missing(&identity()).expect("no switchover-ack");
-        assert!(text.contains("switchover-ack") && text.contains("8.1"), "{text}");
-        assert_eq!(CapabilityPlan { hold: false, ..plan }.missing(&identity()), None);
+        assert!(
+            text.contains("switchover-ack") && text.contains("8.1"),
+            "{text}"
+        );
+        assert_eq!(
+            CapabilityPlan {
+                hold: false,
+                ..plan
+            }
+            .missing(&identity()),
+            None
+        );
         assert!(identity().is_at_least(9, 1) && !identity().is_at_least(10, 1));
     }
 
     #[test]
     fn puts_back_what_it_found() {
-        let plan = CapabilityPlan { hold: false, pause: false, throttle: false, multifd: false };
+        let plan = CapabilityPlan {
+            hold: false,
+            pause: false,
+            throttle: false,
+            multifd: false,
+        };
         let changed = plan.arguments(&identity());
         let back = identity().original_capabilities(&changed);
         let list = back["capabilities"].as_array().expect("a list");

@@ -75,7 +75,10 @@ impl Half {
     /// A half in `preparing`.
     #[must_use]
     pub fn new(now: Now, name: String, uuid: Uuid, role: Role) -> Self {
-        let entry = PhaseEntry { phase: Phase::Preparing, at_us: now.unix_us };
+        let entry = PhaseEntry {
+            phase: Phase::Preparing,
+            at_us: now.unix_us,
+        };
         Self {
             name,
             uuid,
@@ -106,7 +109,10 @@ impl Half {
     pub fn enter(&mut self, now: Now, phase: Phase) {
         if self.phase != phase && !self.phase.is_final() {
             self.phase = phase;
-            self.history.push(PhaseEntry { phase, at_us: now.unix_us });
+            self.history.push(PhaseEntry {
+                phase,
+                at_us: now.unix_us,
+            });
         }
     }
 
@@ -126,7 +132,12 @@ impl Half {
         if self.error.is_none() || lost {
             self.error.get_or_insert_with(|| error.clone());
             let (vm, role) = (self.name.clone(), self.role);
-            self.tell(Event::Failed { vm, role, error, lost });
+            self.tell(Event::Failed {
+                vm,
+                role,
+                error,
+                lost,
+            });
         }
     }
 

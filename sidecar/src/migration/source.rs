@@ -196,7 +196,11 @@ impl Source {
         source.originals = originals;
         source.was_running = was_running;
         source.wants_out = true;
-        source.state = if released { SourceHalf::Released } else { SourceHalf::Reversible };
+        source.state = if released {
+            SourceHalf::Released
+        } else {
+            SourceHalf::Reversible
+        };
         source.half.enter(now, Phase::RollingBack);
         source
     }
@@ -282,7 +286,9 @@ impl Source {
             self.reconnect_at = Some(now.mono + POLL * 2);
         } else if self.half.phase() == Phase::Preparing {
             self.fail(error, false);
-            self.state = SourceHalf::RunsAgain { was_released: false };
+            self.state = SourceHalf::RunsAgain {
+                was_released: false,
+            };
             self.settled = true;
         }
         if self.half.error().is_none() && !process_alive {
@@ -374,7 +380,12 @@ impl Source {
         self.pacer = Some(pacer);
         let vm = self.half.name.clone();
         let dirty_rate_bytes_per_s = dirty_rate;
-        self.half.tell(Event::Held { vm, reason, remaining_bytes, dirty_rate_bytes_per_s });
+        self.half.tell(Event::Held {
+            vm,
+            reason,
+            remaining_bytes,
+            dirty_rate_bytes_per_s,
+        });
     }
 
     fn tune(&mut self, now: Now, parameters: Value) {
@@ -423,7 +434,12 @@ impl Source {
         }
         self.state = SourceHalf::Released;
         self.half.put(Output::Unpace);
-        self.send(now, Tag::Continue, "migrate-continue", json!({ "state": "pre-switchover" }));
+        self.send(
+            now,
+            Tag::Continue,
+            "migrate-continue",
+            json!({ "state": "pre-switchover" }),
+        );
         self.enter_switching(now);
     }
 
@@ -434,7 +450,9 @@ impl Source {
         let remaining = self.remaining_at_release.unwrap_or(0);
         let copy = rate_limiter::BytesPerSecond(self.rate_bytes_per_s.max(1_000_000))
             .time_for(rate_limiter::Bytes(remaining));
-        let downtime = copy.max(self.settings.max_downtime).min(Duration::from_secs(60));
+        let downtime = copy
+            .max(self.settings.max_downtime)
+            .min(Duration::from_secs(60));
         let by = now.mono + downtime * 3 + Duration::from_secs(1);
         self.switch_by = Some(by);
         self.next_poll = None;
@@ -460,7 +478,12 @@ impl Source {
             "cpu-throttle-increment": 99,
             "throttle-trigger-threshold": threshold,
         });
-        self.send(now, Tag::Throttle(percent), "migrate-set-parameters", parameters);
+        self.send(
+            now,
+            Tag::Throttle(percent),
+            "migrate-set-parameters",
+            parameters,
+        );
         Ok(())
     }
 
@@ -535,7 +558,12 @@ impl Source {
                     "migrate-set-capabilities",
                     capabilities,
                 );
-                self.send(now, Tag::RestoreParameters, "migrate-set-parameters", parameters);
+                self.send(
+                    now,
+                    Tag::RestoreParameters,
+                    "migrate-set-parameters",
+                    parameters,
+                );
             }
             _ => self.settled = true,
         }
@@ -551,7 +579,11 @@ impl Source {
         match end {
             End::Committed => {
                 self.half.enter(now, Phase::Committed);
-                self.half.tell(Event::Committed { vm, role, resumed_at_us: None });
+                self.half.tell(Event::Committed {
+                    vm,
+                    role,
+                    resumed_at_us: None,
+                });
             }
             End::RolledBack => {
                 self.half.enter(now, Phase::RolledBack);
@@ -578,8 +610,14 @@ impl Source {
         match message {
             QmpMessage::Ready { version, .. } => self.ready(now, version),
             QmpMessage::Event { name, data, at_us } => self.event(now, &name, &data, at_us),
-            QmpMessage::Reply { tag, result: Ok(value) } => self.reply(now, tag, &value),
-            QmpMessage::Reply { tag, result: Err(error) } => self.refused(now, tag, &error),
+            QmpMessage::Reply {
+                tag,
+                result: Ok(value),
+            } => self.reply(now, tag, &value),
+            QmpMessage::Reply {
+                tag,
+                result: Err(error),
+            } => self.refused(now, tag, &error),
         }
     }
 
@@ -600,7 +638,12 @@ impl Source {
             }
             Tag::SetCapabilities => {
                 let parameters = self.parameters();
-                self.send(now, Tag::SetParameters, "migrate-set-parameters", parameters);
+                self.send(
+                    now,
+                    Tag::SetParameters,
+                    "migrate-set-parameters",
+                    parameters,
+                );
             }
             Tag::SetParameters if self.half.phase() == Phase::Preparing => {
                 self.half.enter(now, Phase::Prepared);
@@ -685,7 +728,10 @@ impl Source {
                  application file and the monitor's path",
                 identity.uuid, self.half.uuid
             ))
-        } else if !matches!(identity.status.as_str(), "running" | "paused" | "postmigrate") {
+        } else if !matches!(
+            identity.status.as_str(),
+            "running" | "paused" | "postmigrate"
+        ) {
             Some(format!(
                 "the VM is `{}`; only a running or paused VM can be moved",
                 identity.status
@@ -700,7 +746,9 @@ impl Source {
         };
         if let Some(problem) = problem {
             self.fail(problem, false);
-            self.state = SourceHalf::RunsAgain { was_released: false };
+            self.state = SourceHalf::RunsAgain {
+                was_released: false,
+            };
             self.settled = true;
             return;
         }
@@ -711,7 +759,12 @@ impl Source {
             identity.original_parameters(&self.parameters()),
         );
         self.originals = Some(back);
-        self.send(now, Tag::SetCapabilities, "migrate-set-capabilities", capabilities);
+        self.send(
+            now,
+            Tag::SetCapabilities,
+            "migrate-set-capabilities",
+            capabilities,
+        );
     }
 
     /// After a restart of the sidecar: what did the VM become meanwhile?
@@ -734,13 +787,19 @@ impl Source {
             Tag::Tune | Tag::Yank | Tag::Quit | Tag::Poll => {}
             Tag::Cancel => self.send(now, Tag::Ended, "query-status", Value::Null),
             Tag::RestoreCapabilities | Tag::RestoreParameters => {
-                self.half.fault(format!("could not restore migration settings: {error}"), false);
+                self.half.fault(
+                    format!("could not restore migration settings: {error}"),
+                    false,
+                );
                 self.restored();
             }
             Tag::Throttle(_) => self.half.fault(format!("throttle refused: {error}"), false),
             Tag::Resume => self.fail(format!("the source cannot be continued: {error}"), false),
             Tag::Ask(_) | Tag::SetCapabilities | Tag::SetParameters => {
-                self.fail(format!("QEMU refused the set-up of the migration: {error}"), false);
+                self.fail(
+                    format!("QEMU refused the set-up of the migration: {error}"),
+                    false,
+                );
                 if self.half.phase() == Phase::Preparing {
                     self.runs_again(now);
                 }
@@ -780,7 +839,10 @@ impl Source {
                 self.send(now, Tag::Ended, "query-status", Value::Null);
                 self.identity.migration = status.to_owned();
                 if status == "failed" && !self.cancelling {
-                    self.fail("the migration failed (stream cut, or the destination died)", false);
+                    self.fail(
+                        "the migration failed (stream cut, or the destination died)",
+                        false,
+                    );
                 }
             }
             _ => {}
@@ -815,16 +877,23 @@ impl Source {
         }
         self.half.enter(now, Phase::Arrived);
         let vm = self.half.name.clone();
-        self.half.tell(Event::Arrived { vm, role: Role::Source });
+        self.half.tell(Event::Arrived {
+            vm,
+            role: Role::Source,
+        });
     }
 
     fn polled(&mut self, now: Now, value: &Value) {
-        let Some(sample) = read_sample(value) else { return };
+        let Some(sample) = read_sample(value) else {
+            return;
+        };
         self.last = Some(sample);
         self.half.total_bytes = self.half.total_bytes.max(sample.total_bytes);
         match self.half.phase() {
             Phase::Precopy => {
-                let Some(rounds) = &mut self.rounds else { return };
+                let Some(rounds) = &mut self.rounds else {
+                    return;
+                };
                 let (round, reason) = rounds.observe(now.mono, sample, self.rate_bytes_per_s);
                 if let Some(round) = round {
                     let vm = self.half.name.clone();
@@ -856,7 +925,9 @@ impl Source {
     }
 
     fn paused(&mut self, now: Now, value: &Value) {
-        let remaining = read_sample(value).or(self.last).map_or(0, |s| s.remaining_bytes);
+        let remaining = read_sample(value)
+            .or(self.last)
+            .map_or(0, |s| s.remaining_bytes);
         self.stopped(now, remaining);
     }
 
@@ -868,25 +939,43 @@ impl Source {
         self.half.enter(now, Phase::Stopped);
         let vm = self.half.name.clone();
         let stopped_at_us = self.half.stopped_at_us.unwrap_or(now.unix_us);
-        self.half.tell(Event::Stopped { vm, remaining_bytes, stopped_at_us });
+        self.half.tell(Event::Stopped {
+            vm,
+            remaining_bytes,
+            stopped_at_us,
+        });
     }
 
     /// When [`Self::tick`] wants to be called.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let qmp = self.qmp.as_ref().filter(|_| !self.hung).and_then(QmpClient::deadline);
+        let qmp = self
+            .qmp
+            .as_ref()
+            .filter(|_| !self.hung)
+            .and_then(QmpClient::deadline);
         let quitting = self.quitting;
-        [qmp, self.next_poll, self.release_by, self.switch_by, self.reconnect_at, quitting]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            qmp,
+            self.next_poll,
+            self.release_by,
+            self.switch_by,
+            self.reconnect_at,
+            quitting,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Does what is due.
     pub fn tick(&mut self, now: Now) {
         if self.next_poll.is_some_and(|at| at <= now.mono) {
-            let interval =
-                if self.half.phase() == Phase::Armed { QUICK_POLL } else { POLL };
+            let interval = if self.half.phase() == Phase::Armed {
+                QUICK_POLL
+            } else {
+                POLL
+            };
             self.next_poll = Some(now.mono + interval);
             if self.qmp.as_ref().is_some_and(QmpClient::is_quiet) {
                 self.send(now, Tag::Poll, "query-migrate", Value::Null);
@@ -898,11 +987,17 @@ impl Source {
         }
         if self.release_by.is_some_and(|at| at <= now.mono) {
             self.release_by = None;
-            self.fail("QEMU did not pause the VM within 2 s after its release", false);
+            self.fail(
+                "QEMU did not pause the VM within 2 s after its release",
+                false,
+            );
         }
         if self.switch_by.is_some_and(|at| at <= now.mono) {
             self.switch_by = None;
-            self.fail("stop-and-copy takes far longer than predicted; its stream was cut", false);
+            self.fail(
+                "stop-and-copy takes far longer than predicted; its stream was cut",
+                false,
+            );
             self.yank(now);
         }
         if self.quitting.is_some_and(|at| at <= now.mono) {

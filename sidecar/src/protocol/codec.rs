@@ -236,6 +236,7 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "keep-alive" => with!(KeepAlive),
         "set-report-interval" => with!(SetReportInterval),
         "recover" => with!(Recover),
+        "forget" => with!(Forget),
         _ => {
             let desc = format!("the command `{name}` is not known; see query-muster-schema");
             return Err(CommandError::not_found(desc));
@@ -274,6 +275,7 @@ impl Command {
             Self::KeepAlive(_) => "keep-alive",
             Self::SetReportInterval(_) => "set-report-interval",
             Self::Recover(_) => "recover",
+            Self::Forget(_) => "forget",
         }
     }
 
@@ -300,6 +302,7 @@ impl Command {
             | Self::Continue(a)
             | Self::Commit(a)
             | Self::Abort(a)
+            | Self::Forget(a)
             | Self::KeepAlive(a) => return Some(*a),
             _ => return None,
         };
@@ -329,6 +332,7 @@ impl Command {
             | Self::Continue(a)
             | Self::Commit(a)
             | Self::Abort(a)
+            | Self::Forget(a)
             | Self::KeepAlive(a) => value(a),
             Self::Decide(a) => value(a),
             Self::Finish(a) => value(a),

@@ -318,4 +318,6 @@ pub enum Command {
     SetReportInterval(ReportIntervalArgs),
     /// `recover`.
     Recover(RecoverArgs),
+    /// `forget`: the run is over everywhere; its records here go.
+    Forget(RunArgs),
 }

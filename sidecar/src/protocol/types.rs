@@ -251,6 +251,4 @@ pub struct HostInfo {
     pub stream_address: String,
     /// Version of the sidecar program.
     pub sidecar_version: String,
-    /// Version of the QEMU program that the templates start, if there is one.
-    pub qemu_version: Option<String>,
 }

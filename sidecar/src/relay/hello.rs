@@ -6,7 +6,7 @@ const MAGIC: u32 = 0x4d55_5354;
 const VERSION: u16 = 1;
 
 /// Length of an encoded hello.
-pub const HELLO_BYTES: usize = 4 + 2 + 2 + 16 + 16 + 32;
+pub const HELLO_BYTES: usize = 4 + 2 + 2 + 16 + 16 + 32 + 1;
 
 /// A one-time secret that both ends got from the coordinator. It pairs connections with VMs; it
 /// is no protection against somebody who reads the network.
@@ -41,7 +41,11 @@ impl Token {
     /// Compares without telling by its time how far the two agree.
     #[must_use]
     pub fn matches(&self, other: &Self) -> bool {
-        self.0.iter().zip(&other.0).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
+        self.0
+            .iter()
+            .zip(&other.0)
+            .fold(0, |sum, (a, b)| sum | (a ^ b))
+            == 0
     }
 }
 
@@ -54,6 +58,8 @@ pub struct Hello {
     pub vm: Uuid,
     /// 0 is the main channel, the only one with a return path.
     pub channel: u16,
+    /// Whether the guest runs at the source, and so is to run at the destination.
+    pub guest_runs: bool,
     /// See [`Token`].
     pub token: Token,
 }
@@ -75,9 +81,14 @@ impl Answer {
     /// Reads the byte.
     #[must_use]
     pub fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Accepted, Self::Unknown, Self::Version, Self::NotListening]
-            .into_iter()
-            .find(|answer| *answer as u8 == byte)
+        [
+            Self::Accepted,
+            Self::Unknown,
+            Self::Version,
+            Self::NotListening,
+        ]
+        .into_iter()
+        .find(|answer| *answer as u8 == byte)
     }
 
     /// What a refusal means and what to do.
@@ -108,6 +119,7 @@ impl Hello {
         bytes[8..24].copy_from_slice(self.run.as_bytes());
         bytes[24..40].copy_from_slice(self.vm.as_bytes());
         bytes[40..72].copy_from_slice(&self.token.0);
+        bytes[72] = u8::from(self.guest_runs);
         bytes
     }
 
@@ -130,6 +142,7 @@ impl Hello {
             run: Uuid::from_bytes(take(bytes, 8)),
             vm: Uuid::from_bytes(take(bytes, 24)),
             token: Token(take(bytes, 40)),
+            guest_runs: bytes[72] != 0,
         })
     }
 }
@@ -141,8 +154,13 @@ mod tests {
     #[test]
     fn survives_the_wire_and_refuses_others() {
         let token = Token::from_hex(&"a5".repeat(32)).expect("64 digits");
-        let hello =
-            Hello { run: Uuid::from_u128(1), vm: Uuid::from_u128(2), channel: 3, token };
+        let hello = Hello {
+            run: Uuid::from_u128(1),
+            vm: Uuid::from_u128(2),
+            channel: 3,
+            guest_runs: true,
+            token,
+        };
         let mut bytes = hello.encode();
         assert_eq!(Hello::decode(&bytes), Ok(hello));
         bytes[5] = 9;

@@ -38,7 +38,12 @@ impl Pipe {
     /// An empty pipe; its memory is only touched when used.
     #[must_use]
     pub fn new() -> Self {
-        Self { buffer: vec![0; PIPE_BYTES].into_boxed_slice(), start: 0, end: 0, ended: false }
+        Self {
+            buffer: vec![0; PIPE_BYTES].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            ended: false,
+        }
     }
 
     /// What waits to be written on.

@@ -113,7 +113,8 @@ mod tests {
         let mut out = Vec::new();
         let pong = message(2, &7u32.to_be_bytes());
         let ack = message(SWITCHOVER_ACK, &[]);
-        gate.pass(&[pong.clone(), ack.clone()].concat(), &mut out).expect("valid");
+        gate.pass(&[pong.clone(), ack.clone()].concat(), &mut out)
+            .expect("valid");
         assert_eq!(out, pong);
         assert!(gate.has_ack());
         assert_eq!(gate.open(), ack);

@@ -1,0 +1,628 @@
+//! The QEMUs of VMs in runs: their monitors, their processes, and taking them over after a restart.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Interest, Token};
+use rate_limiter::LeafId;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::channel::HalfKey;
+use super::net::{Moved, RateMeter, Socket, read_some, write_some};
+use super::process::Process;
+use super::storage::{Asker, Job};
+use super::{Daemon, Entry, Slot, log};
+use crate::migration::Now;
+use crate::migration::destination::Destination;
+use crate::migration::identity::{Identity, Question};
+use crate::migration::source::{Settings, Source};
+use crate::notes::{self, Note, NoteVm};
+use crate::protocol::codec::CommandError;
+use crate::protocol::types::{Role, VmInfo};
+use crate::qmp::{QmpClient, QmpMessage};
+use crate::relay::hello::Token as StreamToken;
+use crate::run::{Run, VmHalf};
+
+/// What a half has outside of its machine.
+#[derive(Debug)]
+pub struct HalfIo {
+    /// Where its monitor is.
+    pub qmp_path: PathBuf,
+    /// The connection to it.
+    pub qmp: Option<(Token, Socket)>,
+    /// The QEMU process.
+    pub process: Option<(Token, Process)>,
+    /// Source: where QEMU connects with its stream.
+    pub listener: Option<(Token, mio::net::UnixListener, PathBuf)>,
+    /// Destination: where QEMU takes the stream.
+    pub incoming_path: PathBuf,
+    /// Pairs stream connections with this VM.
+    pub token: StreamToken,
+    /// Source: the destination's stream address.
+    pub peer: Option<std::net::SocketAddr>,
+    /// Source: its leaf in the pacing hierarchy.
+    pub leaf: Option<LeafId>,
+    /// Its channels.
+    pub channels: Vec<usize>,
+    /// Source: number of the next channel.
+    pub next_channel: u16,
+    /// Bytes of channels that are closed.
+    pub closed_bytes: u64,
+    /// Measures the stream.
+    pub meter: RateMeter,
+    /// What the meter last said.
+    pub rate_bytes_per_s: u64,
+    /// Source: the acknowledgement may pass.
+    pub gate_open: bool,
+}
+
+impl HalfIo {
+    /// A half whose monitor is at this path.
+    #[must_use]
+    pub fn new(qmp_path: PathBuf, incoming_path: PathBuf, token: StreamToken) -> Self {
+        Self {
+            qmp_path,
+            qmp: None,
+            process: None,
+            listener: None,
+            incoming_path,
+            token,
+            peer: None,
+            leaf: None,
+            channels: Vec::new(),
+            next_channel: 0,
+            closed_bytes: 0,
+            meter: RateMeter::default(),
+            rate_bytes_per_s: 0,
+            gate_open: false,
+        }
+    }
+}
+
+/// A `query-vm` under way: a short visit to a monitor.
+#[derive(Debug)]
+pub struct Probe {
+    /// It must be over by then.
+    pub by: Instant,
+    vm: String,
+    asker: Option<Asker>,
+    socket: Socket,
+    client: QmpClient<Question>,
+    identity: Identity,
+}
+
+const PROBE_DEADLINE: Duration = Duration::from_millis(2500);
+
+impl Daemon {
+    pub(super) fn connect_monitor(&mut self, now: Now, key: HalfKey) {
+        let token = self.token(Slot::Monitor(key));
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let (io, half) = (&mut entry.io[key.1], &mut entry.run.halves[key.1]);
+        let connected = Socket::connect_unix(&io.qmp_path).and_then(|mut socket| {
+            socket.register(self.poll.registry(), token)?;
+            Ok(socket)
+        });
+        match connected {
+            Ok(socket) => {
+                let pid = socket.peer_pid();
+                io.qmp = Some((token, socket));
+                match half {
+                    VmHalf::Source(source) => source.qmp_connected(now),
+                    VmHalf::Destination(destination) => destination.qmp_connected(now),
+                }
+                if io.process.is_none() {
+                    if let Some(process) = pid.and_then(|pid| Process::watch(pid).ok()) {
+                        self.watch_process(key, process);
+                    }
+                }
+            }
+            Err(error) => {
+                self.slots.remove(&token);
+                let alive = io
+                    .process
+                    .as_mut()
+                    .is_some_and(|(_, process)| !process.has_ended());
+                let path = io.qmp_path.display();
+                let text = format!("the monitor {path} cannot be connected: {error}");
+                half.qmp_closed(now, &text, alive);
+            }
+        }
+    }
+
+    fn watch_process(&mut self, key: HalfKey, process: Process) {
+        let token = self.token(Slot::Process(key));
+        let fd = process.fd.as_raw_fd();
+        let registered =
+            self.poll
+                .registry()
+                .register(&mut SourceFd(&fd), token, Interest::READABLE);
+        if let Err(error) = registered {
+            log(&format!(
+                "process {} cannot be watched: {error}",
+                process.pid
+            ));
+        }
+        if let Some(entry) = self.runs.get_mut(&key.0) {
+            entry.io[key.1].process = Some((token, process));
+        }
+    }
+
+    pub(super) fn spawn(&mut self, now: Now, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let (io, half) = (&mut entry.io[key.1], &mut entry.run.halves[key.1]);
+        let name = half.half().name.clone();
+        let Some(destination) = half.destination_mut() else {
+            return;
+        };
+        if Socket::connect_unix(&io.qmp_path).is_ok() {
+            destination.spawn_failed(&format!(
+                "a QEMU already listens at {}: a VM `{name}` is on this host",
+                io.qmp_path.display()
+            ));
+            return;
+        }
+        // What a killed QEMU left; its absence is as good.
+        let _ = std::fs::remove_file(&io.qmp_path);
+        let template = self
+            .config
+            .vm(&name)
+            .map(|vm| vm.incoming.clone())
+            .unwrap_or_default();
+        let qmp = io.qmp_path.display().to_string();
+        let arguments = template
+            .iter()
+            .map(|argument| argument.replace("{qmp}", &qmp).replace("{name}", &name))
+            .collect();
+        let log = self.config.runtime_dir.join(format!("{name}.log"));
+        let job = Job::Spawn {
+            run: key.0,
+            half: key.1,
+            arguments,
+            log,
+        };
+        if let Err(error) = self.storage.submit(job) {
+            destination.spawn_failed(&error);
+        }
+        let _ = now;
+    }
+
+    pub(super) fn spawned(&mut self, now: Now, key: HalfKey, child: Result<Child, String>) {
+        let process = child.and_then(|child| {
+            Process::of_child(child).map_err(|error| format!("QEMU cannot be watched: {error}"))
+        });
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            if let Ok(process) = process {
+                process.kill();
+            }
+            return;
+        };
+        let Some(destination) = entry.run.halves[key.1].destination_mut() else {
+            return;
+        };
+        match process {
+            Ok(process) => {
+                destination.spawned(now);
+                self.watch_process(key, process);
+                self.save_note(key.0);
+            }
+            Err(error) => destination.spawn_failed(&error),
+        }
+    }
+
+    pub(super) fn kill(&mut self, now: Now, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        match &entry.io[key.1].process {
+            Some((_, process)) => process.kill(),
+            None => entry.run.halves[key.1].process_gone(now),
+        }
+    }
+
+    pub(super) fn check_process(&mut self, now: Now, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let io = &mut entry.io[key.1];
+        let Some((token, mut process)) = io.process.take() else {
+            return;
+        };
+        if !process.has_ended() {
+            io.process = Some((token, process));
+            return;
+        }
+        let fd = process.fd.as_raw_fd();
+        let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
+        self.slots.remove(&token);
+        // QEMU's last words (a completed migration, say) count before its end.
+        self.serve_monitor(now, key);
+        self.close_monitor(key);
+        if let Some(entry) = self.runs.get_mut(&key.0) {
+            let io = &entry.io[key.1];
+            let _ = std::fs::remove_file(&io.qmp_path);
+            let _ = std::fs::remove_file(&io.incoming_path);
+            entry.run.halves[key.1].process_gone(now);
+        }
+    }
+
+    fn close_monitor(&mut self, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        if let Some((token, mut socket)) = entry.io[key.1].qmp.take() {
+            socket.deregister(self.poll.registry());
+            self.slots.remove(&token);
+        }
+    }
+
+    pub(super) fn serve_monitor(&mut self, now: Now, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let Some((_, socket)) = &mut entry.io[key.1].qmp else {
+            return;
+        };
+        let half = &mut entry.run.halves[key.1];
+        let mut buffer = [0; 16384];
+        let closed = loop {
+            match read_some(socket, &mut buffer) {
+                Moved::Bytes(n) => match half {
+                    VmHalf::Source(source) => {
+                        if let Some(qmp) = &mut source.qmp {
+                            qmp.receive(&buffer[..n]);
+                        }
+                    }
+                    VmHalf::Destination(destination) => {
+                        if let Some(qmp) = &mut destination.qmp {
+                            qmp.receive(&buffer[..n]);
+                        }
+                    }
+                },
+                Moved::Blocked => break None,
+                Moved::End => break Some("QEMU closed its monitor".to_owned()),
+                Moved::Broken(error) => break Some(error.to_string()),
+            }
+        };
+        let spoke = loop {
+            let message = match half {
+                VmHalf::Source(source) => match source.qmp.as_mut().map(|qmp| qmp.poll(now.mono)) {
+                    Some(Ok(Some(message))) => {
+                        source.handle(now, message);
+                        continue;
+                    }
+                    other => other.map(|result| result.map(|_| ())),
+                },
+                VmHalf::Destination(destination) => {
+                    match destination.qmp.as_mut().map(|qmp| qmp.poll(now.mono)) {
+                        Some(Ok(Some(message))) => {
+                            destination.handle(now, message);
+                            continue;
+                        }
+                        other => other.map(|result| result.map(|_| ())),
+                    }
+                }
+            };
+            break message.and_then(Result::err).map(|error| error.to_string());
+        };
+        if let Some(error) = closed.or(spoke) {
+            let io = &mut entry.io[key.1];
+            let alive = io
+                .process
+                .as_mut()
+                .is_some_and(|(_, process)| !process.has_ended());
+            self.close_monitor(key);
+            if let Some(entry) = self.runs.get_mut(&key.0) {
+                entry.run.halves[key.1].qmp_closed(now, &error, alive);
+            }
+        }
+    }
+
+    /// Writes what the machines of a run have for their monitors.
+    pub(super) fn flush_monitors(&mut self, _now: Now, run: Uuid) {
+        fn flush<T>(socket: &mut Socket, qmp: &mut QmpClient<T>) {
+            while !qmp.output().is_empty() {
+                match write_some(socket, qmp.output()) {
+                    Moved::Bytes(n) => qmp.written(n),
+                    // A broken monitor shows itself when it is read.
+                    Moved::Blocked | Moved::End | Moved::Broken(_) => return,
+                }
+            }
+        }
+        let Some(entry) = self.runs.get_mut(&run) else {
+            return;
+        };
+        for (half, io) in entry.run.halves.iter_mut().zip(&mut entry.io) {
+            let Some((_, socket)) = &mut io.qmp else {
+                continue;
+            };
+            match half {
+                VmHalf::Source(source) => {
+                    if let Some(qmp) = &mut source.qmp {
+                        flush(socket, qmp);
+                    }
+                }
+                VmHalf::Destination(destination) => {
+                    if let Some(qmp) = &mut destination.qmp {
+                        flush(socket, qmp);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Closes what a run that is over still holds; its destinations' processes live on.
+    pub(super) fn release_halves(&mut self, run: Uuid) {
+        let Some(entry) = self.runs.get(&run) else {
+            return;
+        };
+        for half in 0..entry.io.len() {
+            let key = (run, half);
+            self.cut_stream(key);
+            self.close_monitor(key);
+            let Some(entry) = self.runs.get_mut(&run) else {
+                return;
+            };
+            let io = &mut entry.io[half];
+            if let Some((token, process)) = io.process.take() {
+                let fd = process.fd.as_raw_fd();
+                let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
+                self.slots.remove(&token);
+                self.children.push(process);
+            }
+            if let Some(entry) = self.runs.get_mut(&run) {
+                let _ = std::fs::remove_file(&entry.io[half].incoming_path);
+                if let Some(leaf) = entry.io[half].leaf.take() {
+                    self.leaves.remove(&leaf);
+                    self.pacing.remove_leaf(leaf);
+                }
+            }
+        }
+        if let Some(entry) = self.runs.get(&run) {
+            self.pacing.remove_group(entry.group);
+        }
+    }
+
+    /// After a restart: adopts every run of which a note is left.
+    pub(super) fn take_over(&mut self) -> anyhow::Result<()> {
+        let (notes, problems) = notes::load(&self.config.state_dir.join("runs"))?;
+        for problem in problems {
+            log(&problem);
+            self.alarms.push(problem);
+        }
+        let now = super::now();
+        for note in notes {
+            log(&format!(
+                "run {}: taking over {} VM(s)",
+                note.run,
+                note.vms.len()
+            ));
+            self.adopt(now, &note);
+        }
+        Ok(())
+    }
+
+    fn adopt(&mut self, now: Now, note: &Note) {
+        let lease = Duration::from_millis(note.lease_ms);
+        let mut run = Run::new(now, note.run, note.epoch, note.register.clone(), lease);
+        run.max_downtime = Duration::from_millis(note.max_downtime_ms);
+        run.hold = note.hold;
+        run.lose_coordinator("this sidecar was restarted");
+        let settings = Settings {
+            max_downtime: run.max_downtime,
+            hold: note.hold,
+            throttle: false,
+            multifd_channels: 0,
+            termination: note.termination(),
+        };
+        let group = self.pacing.add_group(now.mono, None);
+        let mut io = Vec::new();
+        let mut processes = Vec::new();
+        for vm in &note.vms {
+            run.halves.push(adopt_half(now, vm, settings));
+            io.push(HalfIo::new(
+                vm.qmp.clone().into(),
+                self.incoming_path(&vm.vm),
+                StreamToken([0; 32]),
+            ));
+            let process = vm
+                .process
+                .map(|(pid, started)| Process::watch_same(pid, started));
+            processes.push(process);
+        }
+        self.runs.insert(
+            note.run,
+            Entry {
+                run,
+                io,
+                group,
+                owner: None,
+                scheduled: Vec::new(),
+            },
+        );
+        for (half, process) in processes.into_iter().enumerate() {
+            if let Some(Ok(process)) = process {
+                self.watch_process((note.run, half), process);
+            }
+        }
+    }
+
+    pub(super) fn incoming_path(&self, vm: &str) -> PathBuf {
+        self.config.runtime_dir.join(format!("{vm}.in"))
+    }
+
+    pub(super) fn start_probe(&mut self, now: Now, vm: String, asker: Asker) {
+        let path = self.config.qmp_path(&vm);
+        let token = self.token(Slot::Probe);
+        let connected = Socket::connect_unix(&path).and_then(|mut socket| {
+            socket.register(self.poll.registry(), token)?;
+            Ok(socket)
+        });
+        match connected {
+            Ok(socket) => {
+                let probe = Probe {
+                    by: now.mono + PROBE_DEADLINE,
+                    vm,
+                    asker: Some(asker),
+                    socket,
+                    client: QmpClient::new(now.mono),
+                    identity: Identity::default(),
+                };
+                self.probes.insert(token.0, probe);
+                self.serve_probe(now, token.0);
+            }
+            Err(error) => {
+                self.slots.remove(&token);
+                let text = format!(
+                    "VM `{vm}` is not on this host: its monitor {} cannot be connected: {error}",
+                    path.display()
+                );
+                self.answer(asker, &Err(CommandError::generic(text)));
+            }
+        }
+    }
+
+    pub(super) fn serve_probe(&mut self, now: Now, id: usize) {
+        let Some(probe) = self.probes.get_mut(&id) else {
+            return;
+        };
+        let Some(result) = probe.step(now) else {
+            return;
+        };
+        let asker = probe.asker.take();
+        self.drop_probe(id);
+        if let Some(asker) = asker {
+            self.answer(asker, &result.map_err(CommandError::generic));
+        }
+    }
+
+    fn drop_probe(&mut self, id: usize) {
+        if let Some(mut probe) = self.probes.remove(&id) {
+            probe.socket.deregister(self.poll.registry());
+            self.slots.remove(&Token(id));
+        }
+    }
+
+    pub(super) fn drop_overdue_probes(&mut self, now: Now) {
+        let late: Vec<usize> = self
+            .probes
+            .iter()
+            .filter(|(_, p)| p.by <= now.mono)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in late {
+            let Some(probe) = self.probes.get_mut(&id) else {
+                continue;
+            };
+            let text = probe.client.overdue(now.mono).map_or_else(
+                || "QEMU does not answer on its monitor".to_owned(),
+                |error| error.to_string(),
+            );
+            let text = format!("VM `{}`: {text}", probe.vm);
+            let asker = probe.asker.take();
+            self.drop_probe(id);
+            if let Some(asker) = asker {
+                self.answer(asker, &Err(CommandError::generic(text)));
+            }
+        }
+    }
+}
+
+fn adopt_half(now: Now, vm: &NoteVm, settings: Settings) -> VmHalf {
+    let name = vm.vm.clone();
+    match vm.role {
+        Role::Source => VmHalf::Source(Box::new(Source::adopt(
+            now,
+            name,
+            vm.uuid,
+            settings,
+            vm.released,
+            vm.originals.clone(),
+            vm.was_running,
+        ))),
+        Role::Destination => VmHalf::Destination(Box::new(Destination::adopt(
+            now,
+            name,
+            vm.uuid,
+            settings,
+            vm.was_running,
+        ))),
+    }
+}
+
+impl Probe {
+    /// Moves bytes; the answer when there is one.
+    fn step(&mut self, now: Now) -> Option<Result<Value, String>> {
+        let mut buffer = [0; 16384];
+        let mut closed = None;
+        loop {
+            match read_some(&mut self.socket, &mut buffer) {
+                Moved::Bytes(n) => self.client.receive(&buffer[..n]),
+                Moved::Blocked => break,
+                Moved::End => {
+                    closed = Some(io::Error::from(io::ErrorKind::UnexpectedEof));
+                    break;
+                }
+                Moved::Broken(error) => {
+                    closed = Some(error);
+                    break;
+                }
+            }
+        }
+        loop {
+            match self.client.poll(now.mono) {
+                Ok(Some(QmpMessage::Ready { version, .. })) => {
+                    self.identity = Identity::new(version);
+                    for question in Question::ALL {
+                        let (command, arguments) = question.command();
+                        self.client
+                            .send(now.mono, question, command, arguments, PROBE_DEADLINE);
+                    }
+                }
+                Ok(Some(QmpMessage::Reply {
+                    tag,
+                    result: Ok(value),
+                })) => {
+                    if self.identity.answer(tag, &value) {
+                        return Some(Ok(json!(self.info())));
+                    }
+                }
+                Ok(Some(QmpMessage::Reply {
+                    result: Err(error), ..
+                })) => {
+                    return Some(Err(format!("VM `{}`: QEMU says: {error}", self.vm)));
+                }
+                Ok(Some(QmpMessage::Event { .. })) => {}
+                Ok(None) => break,
+                Err(error) => return Some(Err(format!("VM `{}`: {error}", self.vm))),
+            }
+        }
+        while !self.client.output().is_empty() {
+            match write_some(&mut self.socket, self.client.output()) {
+                Moved::Bytes(n) => self.client.written(n),
+                _ => break,
+            }
+        }
+        closed.map(|error| Err(format!("VM `{}`: its monitor closed: {error}", self.vm)))
+    }
+
+    fn info(&self) -> VmInfo {
+        VmInfo {
+            vm: self.vm.clone(),
+            uuid: self.identity.uuid,
+            status: self.identity.status.clone(),
+            memory_bytes: self.identity.memory_bytes,
+            machine: self.identity.machine.clone(),
+            qemu_version: self.identity.version.clone(),
+            can_hold: self.identity.has_capability("switchover-ack"),
+        }
+    }
+}
