@@ -6,8 +6,10 @@
 pub mod clock;
 pub mod guest;
 pub mod memory;
+pub mod net;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod signals;
 mod sys;
 pub mod ticks;

@@ -34,20 +34,20 @@ pub enum MemoryError {
         said: String,
     },
     /// The process could not be opened.
-    #[error("cannot open the memory of process {pid}: {source} (root is needed)")]
+    #[error("cannot open the memory of process {pid}: {error} (root is needed)")]
     Open {
         /// The process.
         pid: u32,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// A part could not be read.
-    #[error("cannot read guest RAM at {address:#x}: {source}")]
+    #[error("cannot read guest RAM at {address:#x}: {error}")]
     Read {
         /// Where.
         address: u64,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// The two sides are not of one size.
     #[error("source has {source_size}, destination {destination_size}")]
@@ -94,9 +94,9 @@ impl GuestRam {
             .ok_or(MemoryError::Address { said })?;
         let pid = monitor
             .peer_pid()
-            .map_err(|source| MemoryError::Open { pid: 0, source })?;
+            .map_err(|error| MemoryError::Open { pid: 0, error })?;
         let file = File::open(format!("/proc/{pid}/mem"))
-            .map_err(|source| MemoryError::Open { pid, source })?;
+            .map_err(|error| MemoryError::Open { pid, error })?;
         Ok(Self { file, base, size })
     }
 
@@ -122,7 +122,7 @@ impl GuestRam {
 
     fn chunk(&self, address: u64, buffer: &mut [u8]) -> Result<(), MemoryError> {
         self.read(address, buffer)
-            .map_err(|source| MemoryError::Read { address, source })
+            .map_err(|error| MemoryError::Read { address, error })
     }
 }
 

@@ -24,14 +24,14 @@ use crate::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
     /// It could not be started.
-    #[error("cannot start {name} ({program}): {source}")]
+    #[error("cannot start {name} ({program}): {error}")]
     Start {
         /// What it is for.
         name: String,
         /// The program.
         program: String,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// It ended, and should not have.
     #[error("{name} ended: {how}{}", log_hint(.log))]
@@ -54,12 +54,12 @@ pub enum ProcessError {
         waited: Duration,
     },
     /// A system call failed.
-    #[error("{name}: {source}")]
+    #[error("{name}: {error}")]
     System {
         /// What it is for.
         name: String,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -99,10 +99,10 @@ impl Process {
         isolation: &Isolation,
     ) -> Result<Self, ProcessError> {
         let program = command.get_program().to_string_lossy().into_owned();
-        let failed = |source| ProcessError::Start {
+        let failed = |error| ProcessError::Start {
             name: name.to_owned(),
             program: program.clone(),
-            source,
+            error,
         };
         let (out, err) = match &isolation.log {
             Some(path) => {
@@ -146,7 +146,7 @@ impl Process {
         }
         self.pidfd()?
             .signal(signal)
-            .map_err(|source| self.system(source))
+            .map_err(|error| self.system(error))
     }
 
     /// How it ended, if it has.
@@ -154,7 +154,7 @@ impl Process {
     /// # Errors
     /// If the kernel does not know it.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>, ProcessError> {
-        self.child.try_wait().map_err(|source| self.system(source))
+        self.child.try_wait().map_err(|error| self.system(error))
     }
 
     /// Fails with its last words if it has ended.
@@ -181,14 +181,14 @@ impl Process {
             return Ok(status);
         }
         let ended = self.pidfd()?.wait(limit);
-        if !ended.map_err(|source| self.system(source))? {
+        if !ended.map_err(|error| self.system(error))? {
             return Err(ProcessError::StillRunning {
                 name: self.name.clone(),
                 pid: self.pid(),
                 waited: limit,
             });
         }
-        self.child.wait().map_err(|source| self.system(source))
+        self.child.wait().map_err(|error| self.system(error))
     }
 
     /// Kills it, with what it started in its own process group, and waits for its end.
@@ -208,7 +208,7 @@ impl Process {
     /// # Errors
     /// If it has been waited for.
     pub fn pidfd(&self) -> Result<PidFd, ProcessError> {
-        PidFd::open(self.pid()).map_err(|source| self.system(source))
+        PidFd::open(self.pid()).map_err(|error| self.system(error))
     }
 
     /// The last lines of its log.
@@ -224,10 +224,10 @@ impl Process {
         lines[lines.len().saturating_sub(5)..].join("\n")
     }
 
-    fn system(&self, source: io::Error) -> ProcessError {
+    fn system(&self, error: io::Error) -> ProcessError {
         ProcessError::System {
             name: self.name.clone(),
-            source,
+            error,
         }
     }
 }

@@ -20,22 +20,22 @@ const CONNECT_EVERY: Duration = Duration::from_millis(2);
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// The socket could not be connected in time.
-    #[error("cannot connect to QEMU's monitor {path}: {source}")]
+    #[error("cannot connect to QEMU's monitor {path}: {error}")]
     Connect {
         /// The socket.
         path: PathBuf,
         /// The last error.
-        source: io::Error,
+        error: io::Error,
     },
     /// The connection broke.
-    #[error("QEMU's monitor {path} broke while waiting for {what}: {source}")]
+    #[error("QEMU's monitor {path} broke while waiting for {what}: {error}")]
     Broken {
         /// The socket.
         path: PathBuf,
         /// What was waited for.
         what: String,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// Nothing came in time.
     #[error(
@@ -99,9 +99,9 @@ impl Qmp {
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
-                Err(source) if Instant::now() >= deadline => {
+                Err(error) if Instant::now() >= deadline => {
                     let path = path.to_owned();
-                    return Err(QmpError::Connect { path, source });
+                    return Err(QmpError::Connect { path, error });
                 }
                 Err(_) => std::thread::sleep(CONNECT_EVERY),
             }
@@ -140,7 +140,7 @@ impl Qmp {
         self.stream
             .set_write_timeout(Some(limit.max(Duration::from_millis(1))))
             .and_then(|()| self.stream.write_all(line.as_bytes()))
-            .map_err(|source| self.broken(command, source))?;
+            .map_err(|error| self.broken(command, error))?;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let mut message = self.next_line(command, left)?;
@@ -267,15 +267,15 @@ impl Qmp {
                 what: what.to_owned(),
                 waited: limit,
             }),
-            Err(source) => Err(self.broken(what, source)),
+            Err(error) => Err(self.broken(what, error)),
         }
     }
 
-    fn broken(&self, what: &str, source: io::Error) -> QmpError {
+    fn broken(&self, what: &str, error: io::Error) -> QmpError {
         QmpError::Broken {
             path: self.path.clone(),
             what: what.to_owned(),
-            source,
+            error,
         }
     }
 

@@ -51,12 +51,12 @@ pub struct GuestState {
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The RAM could not be read.
-    #[error("cannot read the guest's RAM at {address:#x}: {source}")]
+    #[error("cannot read the guest's RAM at {address:#x}: {error}")]
     Read {
         /// Where.
         address: u64,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// There is no ready guest.
     #[error("no ready guest: the control block begins with {found:#010x}, expected {TAG:#010x}")]
@@ -113,9 +113,9 @@ pub fn page_version(page: u32, data: &[u8]) -> Option<u32> {
 pub fn state(ram: &(impl PageReader + ?Sized)) -> Result<GuestState, ImageError> {
     let mut block = [0; 96];
     ram.read(CONTROL_BLOCK, &mut block)
-        .map_err(|source| ImageError::Read {
+        .map_err(|error| ImageError::Read {
             address: CONTROL_BLOCK,
-            source,
+            error,
         })?;
     if word(&block, 0) != TAG {
         return Err(ImageError::NotReady {
@@ -151,7 +151,7 @@ pub fn check(ram: &(impl PageReader + ?Sized), params: &Params) -> Result<GuestS
         let chunk = &mut buffer[..page_offset(count)];
         let address = u64::from(page) * PAGE;
         ram.read(address, chunk)
-            .map_err(|source| ImageError::Read { address, source })?;
+            .map_err(|error| ImageError::Read { address, error })?;
         for (number, data) in (page..).zip(chunk.chunks_exact(page_offset(1))) {
             let version = working_set_index(params, number).map_or(0, |index| expected[index]);
             check_page(data, number, version, state.writes, number == ahead)?;

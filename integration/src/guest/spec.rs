@@ -74,14 +74,14 @@ pub enum GuestSpecError {
         name: String,
     },
     /// A quantity could not be read.
-    #[error("guest `{name}`, {field}: {source}")]
+    #[error("guest `{name}`, {field}: {error}")]
     Quantity {
         /// Which guest.
         name: String,
         /// Which field.
         field: &'static str,
         /// What is wrong with it.
-        source: ParseQuantityError,
+        error: ParseQuantityError,
     },
     /// The size of the RAM is not possible.
     #[error(
@@ -232,10 +232,10 @@ impl FromStr for GuestSpec {
                 text: text.to_owned(),
             })?;
         let bad = |field| {
-            move |source| GuestSpecError::Quantity {
+            move |error| GuestSpecError::Quantity {
                 name: name.to_owned(),
                 field,
-                source,
+                error,
             }
         };
         let spec = Self {

@@ -30,13 +30,13 @@ const MONITOR_LIMIT: Duration = Duration::from_secs(10);
 pub enum QemuError {
     /// There is no such program.
     #[error(
-        "cannot run {program}: {source}; install it with `apt-get install qemu-system-x86` or name another in MUSTER_QEMU"
+        "cannot run {program}: {error}; install it with `apt-get install qemu-system-x86` or name another in MUSTER_QEMU"
     )]
     Missing {
         /// The program.
         program: String,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// Its answers to -version or -machine help were not understood.
     #[error("{program} {option} did not tell {what}; it said: {said}")]
@@ -62,12 +62,12 @@ pub enum QemuError {
         found: String,
     },
     /// The guest's ROM could not be written.
-    #[error("cannot write the guest's ROM {path}: {source}")]
+    #[error("cannot write the guest's ROM {path}: {error}")]
     Rom {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// It did not start, or ended.
     #[error(transparent)]
@@ -122,9 +122,9 @@ pub fn installed() -> Result<&'static Installed, QemuError> {
 
 fn ask(program: &str, option: &str) -> Result<String, QemuError> {
     let output = Command::new(program).args(option.split('=')).output();
-    let output = output.map_err(|source| QemuError::Missing {
+    let output = output.map_err(|error| QemuError::Missing {
         program: program.to_owned(),
-        source,
+        error,
     })?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -210,9 +210,9 @@ impl Launch {
         ticks: PathBuf,
     ) -> Result<Self, QemuError> {
         let rom = directory.join(format!("{}.rom", spec.name));
-        spec.write_rom(&rom).map_err(|source| QemuError::Rom {
+        spec.write_rom(&rom).map_err(|error| QemuError::Rom {
             path: rom.clone(),
-            source,
+            error,
         })?;
         Ok(Self {
             spec: spec.clone(),

@@ -30,12 +30,12 @@ use crate::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum TickError {
     /// A socket could not be made.
-    #[error("cannot listen for ticks on {path}: {source}")]
+    #[error("cannot listen for ticks on {path}: {error}")]
     Listen {
         /// The socket.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        error: io::Error,
     },
     /// The collector's thread has ended.
     #[error("the tick collector has ended")]
@@ -123,9 +123,9 @@ impl Collector {
         let path = self.directory.join(format!("{vm}.{host}.ticks"));
         let listener = UnixListener::bind(&path)
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-            .map_err(|source| TickError::Listen {
+            .map_err(|error| TickError::Listen {
                 path: path.clone(),
-                source,
+                error,
             })?;
         let mut records = self.shared.lock();
         records.entry(vm.to_owned()).or_default().period = period;
