@@ -1,1 +1,15 @@
-//! .
+//! The testbed: hosts as network namespaces, guests of our own, and what is needed to measure
+//! and verify a migration from outside: ticks on the clock, RAM by hash and pattern.
+
+#![deny(unsafe_code)]
+
+pub mod clock;
+pub mod guest;
+pub mod memory;
+pub mod net;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod signals;
+mod sys;
+pub mod ticks;

@@ -1,0 +1,242 @@
+# The guest: the last 4 KiB of a 64 KiB BIOS, at F000:F000. `guest::Params` writes the parameters
+# over its first words, `guest::check` reads the control block that it keeps in RAM.
+#
+# It runs in real mode with 4 GiB segment limits ("unreal mode"): a KVM that interprets guests
+# outside long mode knows no `iret` in protected mode.
+#
+# Registers that live from tick to tick:
+#   ebx  ticks so far          ebp  page writes so far (the version of the latest write)
+#   edi  address of the next page     ecx  its number       esi  16.16 fraction of a page owed
+
+.set ORIGIN,   0xf000           # offset of this blob within its segment
+.set TAG,      0x4d555354       # "MUST"
+.set CONTROL,  0x1000           # the control block
+.set MAGIC,    CONTROL
+.set TICKS,    CONTROL + 4
+.set WRITES,   CONTROL + 8
+.set NEXT,     CONTROL + 12
+.set OWED,     CONTROL + 16
+.set LEFT,     CONTROL + 20     # ticks left in this phase
+.set PHASE,    CONTROL + 24     # 1: writing, 0: quiet
+.set LCG,      CONTROL + 28
+.set LIMIT,    CONTROL + 32     # address behind the working set
+.set PARAMS,   CONTROL + 64     # copy of the parameters
+.set P_END,    PARAMS + 0       # first page number behind RAM
+.set P_BASE,   PARAMS + 4       # first page of the working set
+.set P_PAGES,  PARAMS + 8       # pages of the working set
+.set P_RATE,   PARAMS + 12      # pages per tick, 16.16
+.set P_ON,     PARAMS + 16      # ticks writing
+.set P_OFF,    PARAMS + 20      # ticks quiet; 0: always writing
+.set P_RANDOM, PARAMS + 24      # 0: sweep, 1: random pages
+.set P_PIT,    PARAMS + 28      # divisor of 1 193 182 Hz
+.set P_COUNT,  8
+.set FIRST,    256              # first tagged page: RAM above 1 MiB
+.set STACK,    0x0c00
+
+    .section .rodata.muster_rom, "a", @progbits
+    .globl muster_rom_start
+    .globl muster_rom_end
+    .p2align 4
+muster_rom_start:
+    .code16
+rom_params:
+    .fill P_COUNT, 4, 0
+
+    .p2align 3
+rom_gdt:
+    .quad 0
+    .quad 0x00cf93000000ffff    # flat, writable, accessed
+rom_gdtr:
+    .word 15
+    .long 0xf0000 + ORIGIN + (rom_gdt - muster_rom_start)
+
+rom_entry:
+    cli
+    cld
+    .byte 0x2e, 0x66, 0x0f, 0x01, 0x16  # lgdtl %cs:rom_gdtr
+    .word ORIGIN + (rom_gdtr - muster_rom_start)
+    movl %cr0, %eax
+    orb $1, %al
+    movl %eax, %cr0
+    jmp 1f
+1:  movw $8, %dx
+    movw %dx, %ds
+    movw %dx, %es
+    andb $0xfe, %al
+    movl %eax, %cr0
+    .byte 0xea                          # ljmpw $0xf000, $1f
+    .word ORIGIN + (1f - muster_rom_start)
+    .word 0xf000
+1:  xorw %ax, %ax
+    movw %ax, %ds                       # bases 0, limits stay 4 GiB
+    movw %ax, %es
+    movw %ax, %ss
+    movl $STACK, %esp
+
+    # Local APIC: on, the PIC's interrupts through LINT0.
+    movl $0xfee00000, %edi
+    movl $0x1ff, 0xf0(%edi)
+    movl $0x700, 0x350(%edi)
+
+    # PICs: vectors from 0x20, only IRQ 0 let through.
+    movb $0x11, %al
+    outb %al, $0x20
+    outb %al, $0xa0
+    movb $0x20, %al
+    outb %al, $0x21
+    movb $0x28, %al
+    outb %al, $0xa1
+    movb $4, %al
+    outb %al, $0x21
+    movb $2, %al
+    outb %al, $0xa1
+    movb $1, %al
+    outb %al, $0x21
+    outb %al, $0xa1
+    movb $0xfe, %al
+    outb %al, $0x21
+    movb $0xff, %al
+    outb %al, $0xa1
+    movw $(ORIGIN + (rom_tick - muster_rom_start)), 0x80
+    movw $0xf000, 0x82
+
+    # Parameters to RAM.
+    xorl %esi, %esi
+    movw $(ORIGIN + (rom_params - muster_rom_start)), %si
+    movl $PARAMS, %edi
+    movl $P_COUNT, %ecx
+1:  movl %cs:(%esi), %eax
+    movl %eax, (%edi)
+    addl $4, %esi
+    addl $4, %edi
+    decl %ecx
+    jnz 1b
+
+    # Tag all pages with version 0, sixteen at a time: version 0 ^ page ^ TAG at offset 4. The
+    # version itself is there: fresh RAM is zero.
+    movl $FIRST, %ecx
+    movl $(FIRST * 4096), %edi
+    movl P_END, %ebx
+2:  movl %ecx, %edx
+    xorl $TAG, %edx
+    .set page, 0
+    .rept 16
+    movl %edx, (page * 4096 + 4)(%edi)
+    xorl $(page ^ (page + 1)), %edx
+    .set page, page + 1
+    .endr
+    addl $0x10000, %edi
+    addl $16, %ecx
+    cmpl %ebx, %ecx
+    jb 2b
+
+    # State.
+    movl P_ON, %eax
+    movl %eax, LEFT
+    movl $1, PHASE
+    movl P_BASE, %ecx
+    movl %ecx, %edi
+    shll $12, %edi
+    movl P_PAGES, %eax
+    shll $12, %eax
+    addl %edi, %eax
+    movl %eax, LIMIT
+    xorl %ebx, %ebx
+    xorl %ebp, %ebp
+    xorl %esi, %esi
+
+    # PIT channel 0, mode 2.
+    movb $0x34, %al
+    outb %al, $0x43
+    movl P_PIT, %eax
+    outb %al, $0x40
+    movb %ah, %al
+    outb %al, $0x40
+    movl $TAG, MAGIC
+    sti
+3:  hlt
+    jmp 3b
+
+# One tick: a byte out, then this tick's share of page writes.
+rom_tick:
+    movb %bl, %al
+    outb %al, $0xe9
+    incl %ebx
+    movl %ebx, TICKS
+    movb $0x20, %al
+    outb %al, $0x20
+    cmpl $0, P_OFF
+    je rom_write
+    decl LEFT
+    jnz 1f
+    xorl $1, PHASE
+    movl P_ON, %eax
+    cmpl $0, PHASE
+    jne 2f
+    movl P_OFF, %eax
+2:  movl %eax, LEFT
+1:  cmpl $0, PHASE
+    je rom_done
+rom_write:
+    addl P_RATE, %esi
+    movl %esi, %edx
+    andl $0xffff, %esi
+    movl %esi, OWED
+    shrl $16, %edx
+    jz rom_done
+    addl %ebp, %edx                     # write until this version
+    cmpl $0, P_RANDOM
+    jne rom_random
+rom_sweep:
+    incl %ebp
+    movl %ebp, (%edi)
+    movl %ebp, %eax
+    xorl %ecx, %eax
+    xorl $TAG, %eax
+    movl %eax, 4(%edi)
+    movl %ebp, WRITES
+    incl %ecx
+    addl $4096, %edi
+    cmpl LIMIT, %edi
+    je rom_wrap
+4:  cmpl %edx, %ebp
+    jne rom_sweep
+    movl %ecx, NEXT
+rom_done:
+    iretw
+rom_wrap:
+    movl P_BASE, %ecx
+    movl %ecx, %edi
+    shll $12, %edi
+    jmp 4b
+
+rom_random:
+    imull $1664525, LCG, %eax
+    addl $1013904223, %eax
+    movl %eax, LCG
+    pushl %edx
+    mull P_PAGES                        # edx = working set * state / 2^32
+    movl %edx, %ecx
+    popl %edx
+    addl P_BASE, %ecx
+    movl %ecx, %edi
+    shll $12, %edi
+    incl %ebp
+    movl %ebp, (%edi)
+    movl %ebp, %eax
+    xorl %ecx, %eax
+    xorl $TAG, %eax
+    movl %eax, 4(%edi)
+    movl %ebp, WRITES
+    cmpl %edx, %ebp
+    jne rom_random
+    iretw
+
+    .org muster_rom_start + 0xff0, 0xf4
+    .byte 0xea                          # ljmpw $0xf000, $rom_entry
+    .word ORIGIN + (rom_entry - muster_rom_start)
+    .word 0xf000
+    .org muster_rom_start + 0x1000, 0
+muster_rom_end:
+    .code64
+    .previous

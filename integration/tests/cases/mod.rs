@@ -1,0 +1,85 @@
+//! The cases, and what they share.
+
+mod guests;
+mod moves;
+mod network;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use testbed::guest::GuestSpec;
+use testbed::process::Isolation;
+use testbed::qemu::{Accel, Launch, Qemu, Role};
+use testbed::ticks::Collector;
+
+pub type GuestCase = fn(Accel) -> Result<()>;
+pub type OtherCase = fn() -> Result<()>;
+
+pub const GUEST_CASES: &[(&str, GuestCase)] = &[
+    (
+        "a_guest_ticks_and_dirties_as_asked",
+        guests::ticks_and_dirties,
+    ),
+    ("every_page_verifies", guests::every_page_verifies),
+    ("a_stale_page_is_found", guests::a_stale_page_is_found),
+    (
+        "a_plain_migration_is_measured_and_verified",
+        moves::plain_migration,
+    ),
+    ("two_running_copies_are_noticed", moves::two_running_copies),
+];
+
+pub const OTHER_CASES: &[(&str, OtherCase)] = &[
+    ("an_accelerator_is_chosen_by_trying", guests::accelerator),
+    ("a_link_carries_its_rate", network::link_rate),
+    ("a_link_can_be_cut_and_restored", network::cut_and_restore),
+    ("three_hosts_reach_each_other", network::three_hosts),
+    ("hosts_go_with_their_processes", network::hosts_go),
+    (
+        "a_killed_testbed_is_cleaned_up_after",
+        network::killed_testbed,
+    ),
+    (
+        "an_interrupted_testbed_cleans_up",
+        network::interrupted_testbed,
+    ),
+];
+
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// A directory and a collector, on the machine itself.
+pub struct Lab {
+    pub directory: tempfile::TempDir,
+    pub collector: Collector,
+    pub accel: Accel,
+}
+
+impl Lab {
+    pub fn new(accel: Accel) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("muster-").tempdir()?;
+        let collector = Collector::start(directory.path())?;
+        Ok(Self {
+            directory,
+            collector,
+            accel,
+        })
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn start(&self, spec: &GuestSpec, host: &str, role: Role) -> Result<Qemu> {
+        let ticks = self
+            .collector
+            .listen(&spec.name, host, spec.tick_period())?;
+        let launch = Launch::new(spec, self.accel, self.directory.path(), host, ticks)?;
+        let isolation = Isolation {
+            netns: None,
+            log: Some(self.path(&format!("{host}.log"))),
+        };
+        let qmp = self.path(&format!("{host}.qmp"));
+        Ok(launch.start(role, &qmp, &isolation)?)
+    }
+}

@@ -1,0 +1,36 @@
+//! The testbed against real QEMU, KVM, TCG and the kernel's network.
+//!
+//! Tests that need KVM are listed as ignored, with the reason, where /dev/kvm does not open, and
+//! fail there if MUSTER_REQUIRE_KVM=1. All need root. They run one at a time: they measure.
+
+mod cases;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use testbed::qemu::{Accel, accel};
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let kvm_missing = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .err();
+    let mut trials = Vec::new();
+    for (name, case) in cases::GUEST_CASES {
+        for accel in [Accel::Kvm, Accel::Tcg] {
+            let name = format!("{accel}::{name}");
+            let skip = accel == Accel::Kvm && kvm_missing.is_some() && !accel::kvm_required();
+            if let (true, Some(error)) = (skip, &kvm_missing) {
+                eprintln!("not run: {name}, because /dev/kvm cannot be opened: {error}");
+            }
+            let run = move || case(accel).map_err(|error| Failed::from(format!("{error:#}")));
+            trials.push(Trial::test(name, run).with_ignored_flag(skip));
+        }
+    }
+    for (name, case) in cases::OTHER_CASES {
+        let run = move || case().map_err(|error| Failed::from(format!("{error:#}")));
+        trials.push(Trial::test(*name, run));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
