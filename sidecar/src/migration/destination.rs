@@ -490,10 +490,12 @@ impl Destination {
             }
             ("MIGRATION", "failed") if self.state == DestinationHalf::Loading => {
                 self.state = DestinationHalf::Broken;
-                self.fail(
-                    "the incoming migration failed (stream cut or not loadable)",
-                    false,
-                );
+                if self.kill_by.is_none() {
+                    self.fail(
+                        "the incoming migration failed (stream cut or not loadable)",
+                        false,
+                    );
+                }
             }
             _ => {}
         }
