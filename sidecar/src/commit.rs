@@ -220,3 +220,6 @@ pub fn destination_next(half: DestinationHalf, know: Knowledge) -> Next {
         },
     }
 }
+
+#[cfg(test)]
+mod tests;
