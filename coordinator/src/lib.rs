@@ -1,5 +1,8 @@
 //! The coordinator: moves the virtual machines of one application together, or none of them.
+//!
+//! - [`application`]: the file that says what is to be moved.
 
 #![forbid(unsafe_code)]
 
+pub mod application;
 pub mod report;
