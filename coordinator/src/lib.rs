@@ -5,4 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod application;
+pub mod capacity;
+pub mod client;
+pub mod engine;
+pub mod observer;
+pub mod policy;
 pub mod report;

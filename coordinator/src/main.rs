@@ -1,1 +1,3 @@
+//! `muster`: the command over the coordinator library.
+
 fn main() {}

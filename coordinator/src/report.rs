@@ -1,5 +1,7 @@
 //! What a move did: the one record that tables, pictures, JSON and tests read.
 
+use std::fmt;
+
 use serde::Serialize;
 use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, RoundReport, Side};
 use uuid::Uuid;
@@ -31,6 +33,17 @@ impl Outcome {
             Self::NeedsAttention => 3,
             Self::PartlyMoved => 4,
         }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Committed => "committed",
+            Self::RolledBack => "rolled back",
+            Self::NeedsAttention => "needs attention",
+            Self::PartlyMoved => "partly moved",
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::application::ApplicationError;
+use crate::application::Policy;
 use std::path::Path;
 
 const GOOD: &str = r#"
