@@ -7,6 +7,7 @@
 pub mod application;
 pub mod capacity;
 pub mod client;
+pub mod conductor;
 pub mod engine;
 pub mod observer;
 pub mod policy;

@@ -168,10 +168,14 @@ impl GroupRun {
             .map(|(ticket, _)| *ticket)
             .collect();
         for ticket in again {
-            if let Some(request) = self.requests.remove(&ticket) {
-                self.send(now, host, request.command);
+            match self.requests.remove(&ticket).map(|request| request.command) {
+                // What is proposed may have changed meanwhile.
+                Some(Command::Decide(_)) => self.ask_register_at = Some(now),
+                Some(command) => self.send(now, host, command),
+                None => {}
             }
         }
+        self.check_register(now);
         self.catch_up(now, host);
         self.advance(now);
     }

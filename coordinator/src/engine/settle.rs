@@ -116,7 +116,11 @@ impl GroupRun {
         if self.ask_register_at.is_some_and(|at| now >= at) {
             self.ask_register_at = None;
             match self.stage {
-                Stage::Deciding => self.decide(now, RecordValue::Commit),
+                Stage::Deciding if self.vms.iter().all(VmRun::arrived) => {
+                    self.decide(now, RecordValue::Commit);
+                }
+                // A half broke while nobody knew whether the commit is recorded.
+                Stage::Deciding => self.decide(now, RecordValue::Abort),
                 Stage::RollingBack => self.decide(now, RecordValue::Abort),
                 _ => {}
             }

@@ -320,7 +320,12 @@ fn a_refused_prepare_ends_the_group_before_anything_moved() {
         .handle_reply(s.now, prepares[0].0, prepares[0].1, Err(error.into()));
     s.drain();
     assert!(s.reason().contains(error), "{}", s.reason());
-    told_to_abort(&mut s);
+    let took = s.took();
+    // B holds nothing of the run.
+    assert!(
+        took.contains(&(A, "abort")) && !took.contains(&(B, "abort")),
+        "{took:?}"
+    );
     let (vm, role, reason) = ("web".to_owned(), Role::Source, None);
     s.event(A, Event::RolledBack { vm, role, reason });
     assert_eq!(s.group.outcome(), Some(Outcome::RolledBack));

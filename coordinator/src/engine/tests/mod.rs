@@ -246,7 +246,8 @@ impl Script {
 
     /// Goes to the named phase on the happy path.
     pub fn up_to(&mut self, phase: &str) {
-        let path: [(&str, &dyn Fn(&mut Self)); 6] = [
+        type Go<'g> = &'g dyn Fn(&mut Script);
+        let path: [(&str, Go<'_>); 6] = [
             ("preparing", &|_| {}),
             ("precopy", &Self::prepared),
             ("held", &Self::held),
