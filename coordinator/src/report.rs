@@ -1,5 +1,7 @@
 //! What a move did: the one record that tables, pictures, JSON and tests read.
 
+pub mod assemble;
+
 use std::fmt;
 
 use serde::Serialize;
