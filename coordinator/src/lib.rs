@@ -28,6 +28,7 @@ pub mod conductor;
 pub mod drive;
 pub mod engine;
 pub mod observer;
+pub mod operate;
 pub mod policy;
 pub mod preflight;
 pub mod report;

@@ -1,6 +1,10 @@
 //! What a move did: the one record that tables, pictures, JSON and tests read.
 
 pub mod assemble;
+#[cfg(test)]
+pub(crate) mod example;
+pub mod table;
+pub mod timeline;
 
 use std::fmt;
 
