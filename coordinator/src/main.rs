@@ -1,3 +1,11 @@
-//! `muster`: the command over the coordinator library.
+//! `muster`: moves a group of running VMs together, or not at all. See docs/muster.1.md.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

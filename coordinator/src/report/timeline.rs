@@ -147,7 +147,7 @@ fn legend(svg: &mut String) {
         (STOPPED, "stopped", 1.0),
         (AT_DESTINATION, "runs at destination", 1.0),
         (ROLLED_BACK, "rolling back", 1.0),
-        (SPLIT, "split: VMs on different sides", 0.13),
+        (SPLIT, "split: VMs on different sides", 0.2),
     ];
     let mut x = 24.0;
     for (colour, text, opacity) in entries {
@@ -199,12 +199,13 @@ fn draw_panel(svg: &mut String, report: &MoveReport, axis: &Axis, y: f64) {
             r##"<line x1="{x:.1}" y1="{top:.1}" x2="{x:.1}" y2="{bottom:.1}" stroke="#e8ebef"/>"##
         );
     }
+    // Behind the lanes, so that their colours stay those of the legend.
+    draw_split(svg, report, axis, top, bottom);
     let mut lane = top;
     for vm in &report.vms {
         draw_lane(svg, report, vm, axis, lane);
         lane += LANE;
     }
-    draw_split(svg, report, axis, top, bottom);
     let mut lane = top;
     for vm in &report.vms {
         draw_downtime(svg, report, vm, axis, lane);
@@ -319,7 +320,7 @@ fn draw_split(svg: &mut String, report: &MoveReport, axis: &Axis, top: f64, bott
     let height = bottom - top;
     let _ = writeln!(
         svg,
-        r#"<rect x="{from:.1}" y="{top:.1}" width="{width:.1}" height="{height:.1}" fill="{SPLIT}" fill-opacity="0.13"/><path d="M{from:.1} {top:.1}v{height:.1}M{:.1} {top:.1}v{height:.1}" stroke="{SPLIT}" stroke-opacity="0.6" stroke-dasharray="3 3"/>"#,
+        r#"<rect x="{from:.1}" y="{top:.1}" width="{width:.1}" height="{height:.1}" fill="{SPLIT}" fill-opacity="0.2"/><path d="M{from:.1} {top:.1}v{height:.1}M{:.1} {top:.1}v{height:.1}" stroke="{SPLIT}" stroke-opacity="0.6" stroke-dasharray="3 3"/>"#,
         from + width
     );
     if width > 90.0 {
@@ -353,7 +354,7 @@ mod tests {
             assert_eq!(svg.matches(&format!(">{name}</text>")).count(), 3);
         }
         // Two of three moves were split (each a rectangle and its legend entry once).
-        assert_eq!(svg.matches("fill-opacity=\"0.13\"").count(), 3);
+        assert_eq!(svg.matches("fill-opacity=\"0.2\"").count(), 3);
         if let Ok(path) = std::env::var("MUSTER_TIMELINE_OUT") {
             std::fs::write(path, &svg).expect("writable");
         }
