@@ -370,7 +370,7 @@ impl GroupRun {
         due.extend(self.requests.values().map(|request| request.deadline));
         match self.stage {
             Stage::Held { retry_at } => due.push(retry_at),
-            Stage::Armed { since } => due.push(since + super::advance::ARMED_AT_MOST),
+            Stage::Armed { since } => due.push(since + super::release::ARMED_AT_MOST),
             _ => {}
         }
         due.into_iter().min()

@@ -21,10 +21,12 @@
 //! - Every state but the end has a deadline, and so has every command.
 
 mod advance;
+mod events;
 mod group;
 mod halves;
 mod hosts;
 mod record;
+mod release;
 mod settle;
 #[cfg(test)]
 mod tests;

@@ -54,8 +54,8 @@ impl World {
             can_hold: true,
             ..State::default()
         }));
-        for host in 0..2 {
-            let listener = UnixListener::bind(dir.path().join(NAMES[host])).expect("a socket");
+        for (host, name) in NAMES.iter().enumerate() {
+            let listener = UnixListener::bind(dir.path().join(name)).expect("a socket");
             let state = Arc::clone(&state);
             std::thread::spawn(move || {
                 for stream in listener.incoming() {
