@@ -78,7 +78,7 @@ pub struct MoveReport {
     pub stop_skew_s: f64,
     /// Between the first and the last RESUME, in seconds.
     pub resume_skew_s: f64,
-    /// Communication impact in bytes: Σ |t_i − t_j|·TM[i,j] (COMMA 2.2, Eq. 1), t = RESUME.
+    /// Communication impact in bytes: Σ `|t_i − t_j|·TM[i,j]` (COMMA 2.2, Eq. 1), t = RESUME.
     pub impact_bytes: f64,
     /// One entry per VM, in the application file's order.
     pub vms: Vec<VmMove>,

@@ -100,6 +100,32 @@ fn an_interrupt_in_pre_copy_rolls_back() {
 }
 
 #[test]
+fn a_cut_control_connection_is_opened_again() {
+    let world = World::new("arm");
+    let file = world.file("").display().to_string();
+    let child = muster(&["run", &file]);
+    world.wait_for("arm");
+    world.go_on();
+    world.cut(0);
+    let end_at = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while world.connections(0) == 0 {
+        assert!(std::time::Instant::now() < end_at, "not connected again");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    kill(
+        Pid::from_raw(i32::try_from(child.id()).expect("a pid")),
+        Signal::SIGTERM,
+    )
+    .expect("it lives");
+    let (code, text) = end(child);
+    assert_eq!(code, 2, "{text}");
+    assert!(
+        text.contains("the connection to the sidecar of a is lost"),
+        "{text}"
+    );
+}
+
+#[test]
 fn after_the_decision_no_interrupt_stops_it() {
     let world = World::new("commit");
     let file = world.file("").display().to_string();

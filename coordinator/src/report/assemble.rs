@@ -143,7 +143,7 @@ fn split(vms: &[VmMove], ended_at_us: i64) -> f64 {
     }
 }
 
-/// COMMA's Eq. 1: Σ |t_i − t_j|·TM[i,j].
+/// COMMA's Eq. 1: Σ `|t_i − t_j|·TM[i,j]`.
 #[allow(clippy::cast_precision_loss, reason = "rates far below 2^53")]
 fn impact(app: &Application, vms: &[VmMove]) -> f64 {
     app.traffic

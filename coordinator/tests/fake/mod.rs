@@ -95,6 +95,20 @@ impl World {
         file
     }
 
+    /// Cuts every connection to this host; it can be connected to again at once.
+    pub fn cut(&self, host: usize) {
+        let mut state = self.state.lock().expect("no panic");
+        for client in state.clients[host].drain(..) {
+            // The peer may have closed it already.
+            let _ = client.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// How many connections this host has.
+    pub fn connections(&self, host: usize) -> usize {
+        self.state.lock().expect("no panic").clients[host].len()
+    }
+
     /// From now on every command works.
     pub fn go_on(&self) {
         self.state.lock().expect("no panic").stuck_at = "";
