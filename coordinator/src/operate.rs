@@ -258,9 +258,16 @@ impl<'a> Operator<'a> {
             }
         }
         let end = Instant::now() + SETTLE_WITHIN;
+        let fenced = match wish {
+            Wish::Fenced { host, .. } => host.as_str(),
+            _ => "",
+        };
+        let mut decision = open.decision;
         loop {
             let hosts = self.look();
-            let view = View::of(run, &hosts);
+            let mut view = View::of(run, &hosts, fenced);
+            view.decision = view.decision.or(decision);
+            decision = view.decision;
             if view.over || Instant::now() >= end {
                 let outcome = view.outcome();
                 if outcome == Outcome::NeedsAttention {
@@ -293,6 +300,8 @@ impl<'a> Operator<'a> {
 #[derive(Debug, Default)]
 struct View {
     over: bool,
+    /// A host could not be asked, so that nothing can be said for sure.
+    blind: bool,
     decision: Option<Decision>,
     /// VMs whose destination runs.
     running: Vec<String>,
@@ -304,13 +313,22 @@ struct View {
 }
 
 impl View {
-    fn of(run: Uuid, hosts: &[HostStatus]) -> Self {
+    fn of(run: Uuid, hosts: &[HostStatus], fenced: &str) -> Self {
         let mut view = Self {
             over: true,
             ..Self::default()
         };
         for host in hosts {
-            let Ok(status) = &host.answer else { continue };
+            let status = match &host.answer {
+                Ok(status) => status,
+                Err(_) if host.host == fenced => continue,
+                Err(error) => {
+                    view.blind = true;
+                    view.left
+                        .push(format!("host {} could not be asked: {error}", host.host));
+                    continue;
+                }
+            };
             for summary in status.runs.iter().filter(|summary| summary.run == run) {
                 view.decision = view.decision.or(summary.decision);
                 view.failed |= summary.phase == "failed";
@@ -340,14 +358,17 @@ impl View {
     }
 
     fn outcome(&self) -> Outcome {
-        if !self.over || self.failed || (self.committed && self.rolled_back) {
+        let mixed = self.committed && self.rolled_back;
+        if !self.over || self.blind || self.failed || mixed {
             return Outcome::NeedsAttention;
         }
         match self.decision {
             Some(Decision::Commit) => Outcome::Committed,
             Some(Decision::Abort) => Outcome::RolledBack,
             None if self.committed => Outcome::Committed,
-            None => Outcome::RolledBack,
+            None if self.rolled_back => Outcome::RolledBack,
+            // Its sidecars have forgotten it, and nobody said how it ended.
+            None => Outcome::NeedsAttention,
         }
     }
 }
@@ -380,7 +401,7 @@ mod tests {
     }
 
     fn outcome(hosts: &[HostStatus]) -> Outcome {
-        View::of(Uuid::from_u128(1), hosts).outcome()
+        View::of(Uuid::from_u128(1), hosts, "").outcome()
     }
 
     #[test]
@@ -402,11 +423,18 @@ mod tests {
             host("b", "rolled-back", None, false),
         ];
         assert_eq!(outcome(&mixed), Outcome::NeedsAttention);
+        assert_eq!(outcome(&[]), Outcome::NeedsAttention, "nobody knows");
+        let mut away = host("b", "", None, false);
+        away.answer = Err("refused".into());
+        let blind = [host("a", "rolled-back", abort, false), away];
+        assert_eq!(outcome(&blind), Outcome::NeedsAttention);
+        let view = View::of(Uuid::from_u128(1), &blind, "b");
+        assert_eq!(view.outcome(), Outcome::RolledBack, "b is fenced");
         let doubt = [
             host("a", "in-doubt", None, true),
             host("b", "arrived", None, false),
         ];
-        let view = View::of(Uuid::from_u128(1), &doubt);
+        let view = View::of(Uuid::from_u128(1), &doubt, "");
         assert_eq!(view.outcome(), Outcome::NeedsAttention);
         assert!(view.left[0].contains("--fenced"), "{:?}", view.left);
     }
