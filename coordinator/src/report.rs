@@ -1,5 +1,13 @@
 //! What a move did: the one record that tables, pictures, JSON and tests read.
 
+pub mod assemble;
+#[cfg(test)]
+pub(crate) mod example;
+pub mod table;
+pub mod timeline;
+
+use std::fmt;
+
 use serde::Serialize;
 use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, RoundReport, Side};
 use uuid::Uuid;
@@ -34,6 +42,17 @@ impl Outcome {
     }
 }
 
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Committed => "committed",
+            Self::RolledBack => "rolled back",
+            Self::NeedsAttention => "needs attention",
+            Self::PartlyMoved => "partly moved",
+        })
+    }
+}
+
 /// A whole move of an application.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MoveReport {
@@ -59,7 +78,7 @@ pub struct MoveReport {
     pub stop_skew_s: f64,
     /// Between the first and the last RESUME, in seconds.
     pub resume_skew_s: f64,
-    /// Communication impact in bytes: Σ |t_i − t_j|·TM[i,j] (COMMA 2.2, Eq. 1), t = RESUME.
+    /// Communication impact in bytes: Σ `|t_i − t_j|·TM[i,j]` (COMMA 2.2, Eq. 1), t = RESUME.
     pub impact_bytes: f64,
     /// One entry per VM, in the application file's order.
     pub vms: Vec<VmMove>,

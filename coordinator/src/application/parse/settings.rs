@@ -1,0 +1,172 @@
+//! `[application]` and `[application.termination]`.
+
+use std::time::Duration;
+
+use rate_limiter::BytesPerSecond;
+use sidecar::protocol::command::Termination;
+
+use super::{RATE, host_named};
+use crate::application::reader::{Problems, TableReader};
+use crate::application::{Application, HostId, OnNonConvergence, OnPartial, Policy};
+
+const MS: Duration = Duration::from_millis(1);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// What `[application]` says; hosts and VMs are filled in by the caller.
+pub(super) struct Settings {
+    pub application: Application,
+    /// The register's host, where it is named.
+    pub register: Option<HostId>,
+}
+
+fn choice<T: Copy>(
+    reader: &mut TableReader<'_, '_>,
+    problems: &mut Problems<'_>,
+    key: &'static str,
+    choices: &[(&str, T)],
+) -> Option<T> {
+    let names: Vec<String> = choices
+        .iter()
+        .map(|(name, _)| format!("\"{name}\""))
+        .collect();
+    let expected = names.join(" or ");
+    let found = reader.text(problems, key, &expected)?;
+    let value = choices.iter().find(|(name, _)| *name == found.value);
+    if value.is_none() {
+        let text = format!(
+            "`{key}` in {} is \"{}\"; expected {expected}",
+            reader.name, found.value
+        );
+        problems.at(&found.span, text);
+    }
+    value.map(|(_, value)| *value)
+}
+
+/// Reads `[application]`.
+pub(super) fn read_settings(
+    top: &mut TableReader<'_, '_>,
+    hosts: &[&str],
+    problems: &mut Problems<'_>,
+) -> Option<Settings> {
+    let Some(value) = top.get("application") else {
+        top.missing(problems, "[application]", "name and bandwidth at least");
+        return None;
+    };
+    let Some(table) = value.get_ref().as_table() else {
+        problems.at(
+            &value.span(),
+            "`application` must be written as [application]",
+        );
+        return None;
+    };
+    let mut reader = TableReader::new("[application]", value.span(), table);
+    let name = reader
+        .text(problems, "name", "a name")
+        .map(|found| found.value);
+    if name.is_none() && !reader.has("name") {
+        reader.missing(problems, "name", "a name");
+    }
+    let policies = Policy::ALL.map(|policy| (policy.as_str(), policy));
+    let policy = choice(&mut reader, problems, "policy", &policies);
+    let bandwidth = reader.positive::<BytesPerSecond>(problems, "bandwidth", RATE);
+    if bandwidth.is_none() && !reader.has("bandwidth") {
+        reader.missing(problems, "bandwidth", RATE);
+    }
+    let max_downtime = reader
+        .duration(problems, "max-downtime", MS..2000 * Duration::from_secs(1))
+        .unwrap_or(300 * MS);
+    let hard = reader.duration(problems, "downtime-limit-hard", MS..DAY);
+    if hard.is_some_and(|hard| hard < max_downtime) {
+        let text = "`downtime-limit-hard` in [application] is below `max-downtime`";
+        problems.at(&reader.span.clone(), text);
+    }
+    let deadline = reader.duration(problems, "deadline", Duration::from_secs(1)..7 * DAY);
+    let lease = reader.duration(
+        problems,
+        "lease",
+        Duration::from_secs(3)..Duration::from_secs(3600),
+    );
+    let interval = reader.duration(
+        problems,
+        "report-interval",
+        20 * MS..Duration::from_secs(61),
+    );
+    let channels = reader.integer(problems, "multifd-channels", 0..256);
+    let register = reader
+        .text(problems, "register", "a host's name")
+        .and_then(|found| {
+            let at = ("register", "[application]", &found.span);
+            host_named(hosts, &found.value, at, problems)
+        });
+    let non_convergence = [
+        ("abort", OnNonConvergence::Abort),
+        ("throttle", OnNonConvergence::Throttle),
+        ("force", OnNonConvergence::Force),
+    ];
+    let on_non_convergence = choice(
+        &mut reader,
+        problems,
+        "on-non-convergence",
+        &non_convergence,
+    );
+    let partial = [
+        ("retry", OnPartial::Retry),
+        ("return", OnPartial::Return),
+        ("stay", OnPartial::Stay),
+    ];
+    let on_partial = choice(&mut reader, problems, "on-partial", &partial);
+    let termination = read_termination(&mut reader, problems);
+    reader.finish(problems);
+    Some(Settings {
+        application: Application {
+            name: name?,
+            policy: policy.unwrap_or(Policy::Muster),
+            bandwidth: bandwidth?,
+            max_downtime,
+            hard_downtime: hard.unwrap_or(max_downtime * 2),
+            deadline,
+            lease: lease.unwrap_or(Duration::from_secs(5)),
+            register: HostId(0),
+            on_non_convergence: on_non_convergence.unwrap_or(OnNonConvergence::Abort),
+            on_partial: on_partial.unwrap_or(OnPartial::Stay),
+            report_interval: interval.unwrap_or(500 * MS),
+            multifd_channels: channels.and_then(|n| u8::try_from(n).ok()).unwrap_or(0),
+            termination,
+            hosts: Vec::new(),
+            links: Vec::new(),
+            vms: Vec::new(),
+            traffic: Vec::new(),
+        },
+        register,
+    })
+}
+
+fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) -> Termination {
+    let mut termination = Termination::default();
+    let Some(value) = parent.get("termination") else {
+        return termination;
+    };
+    let Some(table) = value.get_ref().as_table() else {
+        let text = "`termination` must be written as [application.termination]";
+        problems.at(&value.span(), text);
+        return termination;
+    };
+    let mut reader = TableReader::new("[application.termination]", value.span(), table);
+    if let Some(epsilon) = reader.number(problems, "stall-epsilon", 0.0..1.0) {
+        termination.stall_epsilon = epsilon;
+    }
+    let mut whole = |key, most| {
+        let found = reader.integer(problems, key, 1..most)?;
+        u32::try_from(found).ok()
+    };
+    termination.stall_rounds = whole("stall-rounds", 1001).unwrap_or(termination.stall_rounds);
+    termination.max_rounds = whole("max-rounds", 100_001).unwrap_or(termination.max_rounds);
+    if let Some(factor) = reader.number(problems, "max-memory-factor", 1.0..1000.0) {
+        termination.max_memory_factor = factor;
+    }
+    if let Some(longest) = reader.duration(problems, "max-precopy", Duration::ZERO..DAY) {
+        termination.max_precopy_ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
+    }
+    reader.finish(problems);
+    termination
+}

@@ -1,0 +1,139 @@
+use super::*;
+use crate::application::ApplicationError;
+use crate::application::Policy;
+use std::path::Path;
+
+const GOOD: &str = r#"
+version = 1
+[application]
+name = "shop"
+bandwidth = "400Mbit/s"
+deadline = "2m"
+[application.termination]
+max-rounds = 12
+[[host]]
+name = "a"
+control = "unix:/run/a"
+[[host]]
+name = "b"
+control = "tcp:10.0.0.2:4600"
+nic = "1Gbit/s"
+[[link]]
+between = ["a", "b"]
+rate = "400Mbit/s"
+rtt = "20ms"
+[[vm]]
+name = "web"
+uuid = "00000000-0000-0000-0000-000000000001"
+tier = "front"
+from = "a"
+to = "b"
+memory = "128MiB"
+[[vm]]
+name = "db"
+uuid = "00000000-0000-0000-0000-000000000002"
+from = "b"
+to = "a"
+[[traffic]]
+between = ["web", "db"]
+rate = "1MB/s"
+"#;
+
+fn problems(text: &str) -> Vec<(usize, String)> {
+    let problems = parse(text).expect_err("must be refused");
+    problems.into_iter().map(|p| (p.line, p.text)).collect()
+}
+
+#[test]
+fn a_whole_file_with_its_defaults() {
+    let app = parse(GOOD).expect("good");
+    assert_eq!(app.bandwidth, BytesPerSecond(50_000_000));
+    assert_eq!(app.policy, Policy::Muster);
+    assert_eq!(app.max_downtime, Duration::from_millis(300));
+    assert_eq!(app.hard_downtime, Duration::from_millis(600));
+    assert_eq!(app.lease, Duration::from_secs(5));
+    assert_eq!(app.register, HostId(0));
+    assert_eq!(app.termination.max_rounds, 12);
+    assert_eq!(app.termination.stall_rounds, 3);
+    assert_eq!(app.vms[1].from, HostId(1));
+    assert_eq!(app.vms[0].profile.memory, Some(Bytes(128 << 20)));
+    assert_eq!(app.traffic[0].between, [VmId(0), VmId(1)]);
+    assert_eq!(app.links[0].rtt, Some(Duration::from_millis(20)));
+}
+
+#[test]
+fn unknown_keys_come_with_line_and_suggestion() {
+    let text = GOOD.replace("bandwidth =", "bandwith =");
+    let found = problems(&text);
+    assert!(found.iter().any(|(line, text)| *line == 5
+        && text.contains("unknown key `bandwith`")
+        && text.contains("did you mean `bandwidth`?")));
+    assert!(
+        found
+            .iter()
+            .any(|(_, text)| text.contains("`bandwidth` is missing"))
+    );
+}
+
+#[test]
+fn every_problem_is_named_at_once() {
+    let text = GOOD
+        .replace("to = \"b\"", "to = \"a\"")
+        .replace(
+            "400Mbit/s\"\ndeadline",
+            "0\"\nmax-downtime = \"0s\"\ndeadline",
+        )
+        .replace("\"web\", \"db\"", "\"web\", \"dbb\"")
+        .replace("000000000002", "000000000001")
+        .replace("from = \"b\"", "from = \"c\"")
+        .replace("nic = \"1Gbit/s\"", "nic = 5");
+    let found = problems(&text);
+    let has = |needle: &str| found.iter().any(|(_, text)| text.contains(needle));
+    assert!(has("where it comes from"), "{found:?}");
+    assert!(has("`bandwidth` in [application] is 0"), "{found:?}");
+    assert!(has("`max-downtime` in [application] is 0ns"), "{found:?}");
+    assert!(has("there is no VM `dbb`; did you mean `db`?"), "{found:?}");
+    assert!(has("is also that of VM `web`"), "{found:?}");
+    assert!(has("there is no host `c`"), "{found:?}");
+    assert!(has("`nic` in [[host]] `b`: expected a rate"), "{found:?}");
+    assert!(found.is_sorted_by_key(|(line, _)| *line));
+}
+
+#[test]
+fn duplicate_names_and_addresses() {
+    let text = GOOD
+        .replace("name = \"b\"", "name = \"a\"")
+        .replace("name = \"db\"", "name = \"web\"")
+        .replace("tcp:10.0.0.2:4600", "unix:/run/a");
+    let found = problems(&text);
+    let has = |needle: &str| found.iter().any(|(_, text)| text.contains(needle));
+    assert!(
+        has("[[host]] `a` is there twice (first in line 10)"),
+        "{found:?}"
+    );
+    assert!(has("[[vm]] `web` is there twice"), "{found:?}");
+    assert!(has("is also that of host `a`"), "{found:?}");
+}
+
+#[test]
+fn broken_and_empty_files_say_what_was_expected() {
+    assert_eq!(problems("version = \n")[0].0, 1);
+    let found = problems("");
+    for needle in ["`version`", "[application]", "[[host]]", "[[vm]]"] {
+        assert!(
+            found.iter().any(|(_, text)| text.contains(needle)),
+            "{needle}: {found:?}"
+        );
+    }
+    let found = problems(&GOOD.replace("version = 1", "version = 2"));
+    assert!(found[0].1.contains("version = 1"));
+}
+
+#[test]
+fn the_message_names_the_file() {
+    let error = Application::parse("version = 1", Path::new("app.toml")).expect_err("bad");
+    assert!(error.to_string().starts_with("app.toml:1: "), "{error}");
+    let error = Application::load(Path::new("/no/such/file.toml")).expect_err("missing");
+    assert!(matches!(error, ApplicationError::Read { .. }));
+    assert!(error.to_string().contains("/no/such/file.toml"));
+}

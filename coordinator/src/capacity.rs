@@ -1,0 +1,193 @@
+//! What a group's migration has to pass through, how long a remainder takes, and how the bandwidth
+//! is shared.
+//!
+//! - Downtime of a stop-and-copy: D = max over every cut c (the application's bandwidth, links,
+//!   network interfaces) of Σ R_i / rate_c over the VMs that cross it.
+//! - Shares in pre-copy: held VMs need their dirty rate d_i; the surplus goes to the laggards in
+//!   proportion to what they have left, so that all finish together: b_i = d_i + (B − Σd)·R_i/ΣR.
+
+use std::time::Duration;
+
+use rate_limiter::{Bytes, BytesPerSecond};
+
+use crate::application::{Application, HostId, VmId};
+
+/// A place that several VMs pass through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cut {
+    /// Its rate.
+    pub rate: BytesPerSecond,
+    /// Members of the group that cross it, by their position in the group.
+    pub members: Vec<usize>,
+}
+
+/// Everything that limits one group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capacity {
+    /// The group's share of the application's bandwidth.
+    pub bandwidth: BytesPerSecond,
+    /// Links and interfaces.
+    pub cuts: Vec<Cut>,
+}
+
+impl Capacity {
+    /// The capacity for VMs going from host to host as given.
+    #[must_use]
+    pub fn of(app: &Application, group: &[(VmId, HostId, HostId)]) -> Self {
+        let crossing = |test: &dyn Fn(HostId, HostId) -> bool| -> Vec<usize> {
+            let members = group.iter().enumerate();
+            members
+                .filter(|(_, (_, from, to))| test(*from, *to))
+                .map(|(index, _)| index)
+                .collect()
+        };
+        let mut cuts = Vec::new();
+        for link in &app.links {
+            let [a, b] = link.between;
+            // Full duplex: each direction has the link's rate.
+            for (x, y) in [(a, b), (b, a)] {
+                cuts.push(Cut {
+                    rate: link.rate,
+                    members: crossing(&|from, to| from == x && to == y),
+                });
+            }
+        }
+        for (index, host) in app.hosts.iter().enumerate() {
+            let here = HostId(index);
+            if let Some(rate) = host.nic {
+                for members in [
+                    crossing(&|from, _| from == here),
+                    crossing(&|_, to| to == here),
+                ] {
+                    cuts.push(Cut { rate, members });
+                }
+            }
+        }
+        cuts.retain(|cut| !cut.members.is_empty());
+        Self {
+            bandwidth: app.bandwidth,
+            cuts,
+        }
+    }
+
+    /// How long what remains takes to cross, with every VM paused.
+    #[must_use]
+    pub fn downtime(&self, remaining: &[u64]) -> Duration {
+        let all = self.bandwidth.time_for(Bytes(remaining.iter().sum()));
+        let cuts = self.cuts.iter().map(|cut| {
+            let sum = cut.members.iter().map(|&member| remaining[member]).sum();
+            cut.rate.time_for(Bytes(sum))
+        });
+        cuts.fold(all, Duration::max)
+    }
+
+    /// The rate that the whole group can reach: the bandwidth, or less where all share a cut.
+    #[must_use]
+    pub fn rate(&self, members: usize) -> BytesPerSecond {
+        let narrow = self.cuts.iter().filter(|cut| cut.members.len() == members);
+        narrow
+            .map(|cut| cut.rate)
+            .fold(self.bandwidth, BytesPerSecond::min)
+    }
+}
+
+/// What [`shares`] knows of one VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Demand {
+    /// Dirty or unsent memory in bytes.
+    pub remaining_bytes: u64,
+    /// Dirty rate in bytes per second.
+    pub dirty_rate_bytes_per_s: u64,
+    /// Whether it is in wait-and-copy already.
+    pub held: bool,
+}
+
+/// Each VM's share of `bandwidth` in bytes per second, so that those not yet held finish together.
+#[must_use]
+#[allow(clippy::cast_precision_loss, reason = "rates far below 2^53")]
+pub fn shares(bandwidth: BytesPerSecond, vms: &[Demand]) -> Vec<f64> {
+    let total = bandwidth.0 as f64;
+    let dirty: f64 = vms.iter().map(|vm| vm.dirty_rate_bytes_per_s as f64).sum();
+    let left: f64 = vms
+        .iter()
+        .filter(|vm| !vm.held)
+        .map(|vm| vm.remaining_bytes.max(1) as f64)
+        .sum();
+    let surplus = total - dirty;
+    vms.iter()
+        .map(|vm| {
+            let dirty_rate = vm.dirty_rate_bytes_per_s as f64;
+            let part = vm.remaining_bytes.max(1) as f64 / left.max(1.0);
+            match (vm.held, surplus > 0.0) {
+                (true, true) => dirty_rate.max(total * 0.001),
+                (true, false) => total * dirty_rate / dirty,
+                (false, true) => dirty_rate + surplus * part,
+                // Nobody can converge: the shares follow what is left, and the hold decides.
+                (false, false) => total * part,
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn demand(remaining: u64, dirty: u64, held: bool) -> Demand {
+        Demand {
+            remaining_bytes: remaining,
+            dirty_rate_bytes_per_s: dirty,
+            held,
+        }
+    }
+
+    #[test]
+    fn laggards_share_the_surplus_and_finish_together() {
+        let vms = [
+            demand(100, 10, false),
+            demand(300, 20, false),
+            demand(5, 30, true),
+        ];
+        let shares = shares(BytesPerSecond(160), &vms);
+        assert_eq!(shares, vec![35.0, 95.0, 30.0]);
+        let finish: Vec<f64> = [0, 1]
+            .map(|i: usize| {
+                vms[i].remaining_bytes as f64 / (shares[i] - vms[i].dirty_rate_bytes_per_s as f64)
+            })
+            .to_vec();
+        assert!((finish[0] - finish[1]).abs() < 1e-9);
+    }
+
+    #[test]
+    fn shares_stay_positive_when_nothing_converges() {
+        let vms = [
+            demand(0, 500, false),
+            demand(10, 500, true),
+            demand(9, 0, false),
+        ];
+        assert!(
+            shares(BytesPerSecond(100), &vms)
+                .iter()
+                .all(|&share| share > 0.0)
+        );
+    }
+
+    #[test]
+    fn the_slowest_cut_sets_the_downtime() {
+        let capacity = Capacity {
+            bandwidth: BytesPerSecond(125),
+            cuts: vec![Cut {
+                rate: BytesPerSecond(50),
+                members: vec![2],
+            }],
+        };
+        // ALGORITHMS, release: R = 10, 20, 70 at 125 take 0.8 s; 70 at 50 take 1.4 s.
+        assert_eq!(capacity.downtime(&[10, 20, 0]), Duration::from_millis(240));
+        assert_eq!(
+            capacity.downtime(&[10, 20, 70]),
+            Duration::from_millis(1400)
+        );
+        assert_eq!(capacity.rate(3), BytesPerSecond(125));
+        assert_eq!(capacity.rate(1), BytesPerSecond(50));
+    }
+}

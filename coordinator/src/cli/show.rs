@@ -1,0 +1,99 @@
+//! Text for `muster check` and `muster status`.
+
+use coordinator::application::{Application, Policy};
+use coordinator::preflight::Facts;
+use coordinator::status::HostStatus;
+use rate_limiter::Bytes;
+
+/// What a successful check says.
+pub(super) fn checked(app: &Application, policy: Policy, facts: &Facts) -> String {
+    let mut lines = Vec::new();
+    for id in app.vm_ids() {
+        let vm = app.vm(id);
+        if let Some(Ok(info)) = facts.vms.get(&id) {
+            lines.push(format!(
+                "{}: {} → {}, {}, {}, QEMU {}, {}",
+                vm.name,
+                app.host(vm.from).name,
+                app.host(vm.to).name,
+                Bytes(info.memory_bytes),
+                info.machine,
+                info.qemu_version,
+                info.status
+            ));
+        }
+    }
+    lines.push(format!(
+        "{} can be moved: policy {policy}, {} VMs, {}, max-downtime {} ms, register at {}",
+        app.name,
+        app.vms.len(),
+        app.bandwidth,
+        app.max_downtime.as_millis(),
+        app.host(app.register).name
+    ));
+    lines.join("\n")
+}
+
+/// The state of every host.
+pub(super) fn status(hosts: &[HostStatus]) -> String {
+    let mut lines = Vec::new();
+    for host in hosts {
+        let status = match &host.answer {
+            Ok(status) => status,
+            Err(error) => {
+                lines.push(format!("{} ({}): {error}", host.host, host.control));
+                continue;
+            }
+        };
+        lines.push(format!(
+            "{} ({}), sidecar {}",
+            host.host, host.control, status.version
+        ));
+        for alarm in &status.alarms {
+            lines.push(format!("  ALARM {alarm}"));
+        }
+        if status.runs.is_empty() {
+            lines.push("  no runs".into());
+        }
+        for run in &status.runs {
+            let decision = run.decision.map_or(String::new(), |decision| {
+                format!(", {decision:?}").to_lowercase()
+            });
+            let doubt = if run.in_doubt { ", IN DOUBT" } else { "" };
+            let vms = run.vms.join(", ");
+            lines.push(format!(
+                "  run {}: {vms}: {}{decision}{doubt}",
+                run.run, run.phase
+            ));
+        }
+        for half in &host.halves {
+            let error = half
+                .error
+                .as_ref()
+                .map_or(String::new(), |error| format!(", {error}"));
+            lines.push(format!(
+                "    {} ({}): {}, round {}, {} left, {} sent{error}",
+                half.vm,
+                format!("{:?}", half.role).to_lowercase(),
+                half.phase,
+                half.round,
+                Bytes(half.remaining_bytes),
+                Bytes(half.transferred_bytes)
+            ));
+        }
+    }
+    lines.join("\n")
+}
+
+/// 0, or 3 where a person should look.
+pub(super) fn status_code(hosts: &[HostStatus]) -> u8 {
+    let bad = |host: &HostStatus| match &host.answer {
+        Ok(status) => !status.alarms.is_empty() || status.runs.iter().any(|run| run.in_doubt),
+        Err(_) => true,
+    };
+    if hosts.iter().any(bad) {
+        super::EXIT_ATTENTION
+    } else {
+        0
+    }
+}

@@ -1,0 +1,330 @@
+//! Runs a move: connects the pure conductor with sockets, the clock, and the observer.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use sidecar::protocol::command::Command;
+use sidecar::protocol::command::RunArgs;
+
+use crate::application::{Application, HostId, Policy};
+use crate::client::{Client, Message, Sender};
+use crate::conductor::{Conductor, SystemRandom};
+use crate::engine::{Output, Step};
+use crate::observer::{GroupName, Observer, Progress};
+use crate::policy::plan;
+use crate::preflight;
+use crate::report::MoveReport;
+use crate::report::assemble::{Times, assemble};
+
+/// The interrupt flag is looked at this often.
+const TICK: Duration = Duration::from_millis(50);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+/// How long an observer may block while keep-alives go on for it.
+const HEARTBEAT_AT_MOST: Duration = Duration::from_secs(60);
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// How a move is run.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// Instead of the application's policy.
+    pub policy: Option<Policy>,
+    /// Counted up by the user's interrupts (Ctrl-C): the first one rolls back what can still go
+    /// back; after the decision the move finishes forward.
+    pub interrupt: Arc<AtomicU8>,
+}
+
+/// Why a move did not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Something stands in its way; nothing was touched.
+    #[error("the move cannot begin:\n  {}", problems.join("\n  "))]
+    Preflight {
+        /// Every problem.
+        problems: Vec<String>,
+    },
+    /// Interrupted before anything was touched.
+    #[error("interrupted before anything was touched")]
+    Interrupted,
+}
+
+/// Moves the application. Returns when every group has ended, one way or the other.
+///
+/// # Errors
+/// The preflight found something, or the user interrupted before anything was touched.
+pub fn run(
+    app: &Application,
+    options: &RunOptions,
+    observer: &mut dyn Observer,
+) -> Result<MoveReport, RunError> {
+    let policy = options.policy.unwrap_or(app.policy);
+    let client = Client::connect(app, &app.hosts_involved());
+    let facts = preflight::gather(app, &client);
+    let verdict = preflight::judge(app, policy, &facts);
+    if !verdict.problems.is_empty() {
+        return Err(RunError::Preflight {
+            problems: verdict.problems,
+        });
+    }
+    if options.interrupt.load(Ordering::Relaxed) > 0 {
+        return Err(RunError::Interrupted);
+    }
+    let heart = Heart::new(client.sender());
+    let mut drive = Drive {
+        app,
+        client,
+        conductor: Conductor::new(app, plan(app, policy), verdict.machines, SystemRandom),
+        observer,
+        heart,
+        begun: Instant::now(),
+        blocked: Duration::ZERO,
+        tickets: HashMap::new(),
+        interrupts_seen: 0,
+        next_progress: Duration::ZERO,
+        times: Times::default(),
+    };
+    drive.run(&options.interrupt);
+    drive.times.ended_at_us = unix_us();
+    let outcome = drive
+        .conductor
+        .outcome()
+        .unwrap_or(crate::report::Outcome::NeedsAttention);
+    let mut report = assemble(app, policy, outcome, drive.conductor.started(), drive.times);
+    report.notices.splice(0..0, verdict.notes);
+    Ok(report)
+}
+
+/// The time now: unix time in microseconds.
+#[must_use]
+pub fn unix_us() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}
+
+struct Drive<'a, 'o> {
+    app: &'a Application,
+    client: Client,
+    conductor: Conductor<'a, SystemRandom>,
+    observer: &'o mut dyn Observer,
+    heart: Heart,
+    begun: Instant,
+    /// Time spent in the observer: it does not count.
+    blocked: Duration,
+    /// Wire id → group and its ticket.
+    tickets: HashMap<u64, (usize, u64)>,
+    interrupts_seen: u8,
+    next_progress: Duration,
+    times: Times,
+}
+
+impl Drive<'_, '_> {
+    fn now(&self) -> Duration {
+        self.begun.elapsed().saturating_sub(self.blocked)
+    }
+
+    fn run(&mut self, interrupt: &AtomicU8) {
+        self.conductor.begin(self.now());
+        self.carry_out();
+        while self.conductor.outcome().is_none() {
+            let now = self.now();
+            let due = self
+                .conductor
+                .poll_timeout()
+                .map_or(TICK, |due| due.saturating_sub(now));
+            let mut message = self.client.receive(due.min(TICK));
+            // What has arrived counts before any deadline does.
+            while let Some((host, received)) = message {
+                self.receive(host, received);
+                self.carry_out();
+                message = self.client.try_receive();
+            }
+            let interrupts = interrupt.load(Ordering::Relaxed);
+            while self.interrupts_seen < interrupts {
+                self.interrupts_seen += 1;
+                self.conductor.interrupt(self.now());
+                self.carry_out();
+            }
+            let now = self.now();
+            if self.conductor.poll_timeout().is_some_and(|due| due <= now) {
+                self.conductor.handle_timeout(now);
+                self.carry_out();
+            }
+            if now >= self.next_progress {
+                self.next_progress = now + PROGRESS_INTERVAL;
+                self.progress();
+            }
+        }
+        self.carry_out();
+        self.progress();
+    }
+
+    fn receive(&mut self, host: HostId, message: Message) {
+        match message {
+            Message::Event(envelope) => {
+                let name = self.app.host(host).name.clone();
+                self.observe(|observer| observer.event(&name, &envelope));
+                self.conductor.handle_event(self.now(), host, &envelope);
+            }
+            Message::Answer { id, result } => {
+                if let Some((group, ticket)) = self.tickets.remove(&id) {
+                    let result = result.map_err(|error| error.desc);
+                    self.conductor
+                        .handle_reply(self.now(), group, host, ticket, result);
+                }
+            }
+            Message::Lost(error) => {
+                self.conductor
+                    .handle_lost(self.now(), host, &error.to_string());
+            }
+            Message::Connected { .. } => self.conductor.handle_connected(self.now(), host),
+        }
+    }
+
+    /// Carries out the outputs in their order.
+    fn carry_out(&mut self) {
+        while let Some((index, output)) = self.conductor.poll_output() {
+            match output {
+                Output::Send {
+                    host,
+                    ticket,
+                    command,
+                } => {
+                    // Where there is no connection now, the reader says so and the engine sends
+                    // it again after the next one.
+                    if let Some(id) = self.client.send(host, &command) {
+                        self.tickets.insert(id, (index, ticket));
+                    }
+                }
+                Output::Step(step) => self.step(index, &step),
+            }
+        }
+    }
+
+    fn step(&mut self, index: usize, step: &Step) {
+        if *step == Step::Started {
+            self.times.started_at_us.get_or_insert_with(unix_us);
+        }
+        let spec = self.conductor.started()[index].group.spec();
+        let args = RunArgs {
+            run: spec.run,
+            epoch: spec.epoch,
+        };
+        let mut hosts: Vec<HostId> = spec.members.iter().flat_map(|m| [m.from, m.to]).collect();
+        hosts.sort_unstable();
+        hosts.dedup();
+        let name = GroupName {
+            run: spec.run,
+            vms: spec
+                .members
+                .iter()
+                .map(|member| member.name.clone())
+                .collect(),
+        };
+        match step {
+            Step::Preparing => self.heart.add(args, &hosts),
+            Step::Ended(_) => self.heart.remove(args),
+            _ => {}
+        }
+        self.observe(|observer| observer.step(&name, step));
+    }
+
+    fn progress(&mut self) {
+        let progress = Progress {
+            elapsed: self.begun.elapsed(),
+            vms: self.conductor.progress(),
+        };
+        self.observe(|observer| observer.progress(&progress));
+    }
+
+    fn observe(&mut self, call: impl FnOnce(&mut dyn Observer)) {
+        let since = Instant::now();
+        self.heart.busy_since(Some(since));
+        call(self.observer);
+        self.heart.busy_since(None);
+        self.blocked += since.elapsed();
+    }
+}
+
+/// Sends keep-alives while the observer blocks.
+struct Heart {
+    shared: Arc<HeartState>,
+}
+
+struct HeartState {
+    runs: Mutex<Vec<(RunArgs, Vec<HostId>)>>,
+    epoch: Instant,
+    /// Milliseconds after `epoch` plus 1, or 0.
+    busy_since_ms: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Heart {
+    fn new(sender: Sender) -> Self {
+        let shared = Arc::new(HeartState {
+            runs: Mutex::new(Vec::new()),
+            epoch: Instant::now(),
+            busy_since_ms: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let state = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            while !state.stop.load(Ordering::Relaxed) {
+                std::thread::sleep(HEARTBEAT);
+                state.beat(&sender);
+            }
+        });
+        Self { shared }
+    }
+
+    fn add(&self, args: RunArgs, hosts: &[HostId]) {
+        let mut runs = self
+            .shared
+            .runs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        runs.push((args, hosts.to_vec()));
+    }
+
+    fn remove(&self, args: RunArgs) {
+        let mut runs = self
+            .shared
+            .runs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        runs.retain(|(known, _)| *known != args);
+    }
+
+    fn busy_since(&self, since: Option<Instant>) {
+        let ms = since.map_or(0, |at| {
+            let ms = at.saturating_duration_since(self.shared.epoch).as_millis();
+            u64::try_from(ms).unwrap_or(u64::MAX - 1) + 1
+        });
+        self.shared.busy_since_ms.store(ms, Ordering::Relaxed);
+    }
+}
+
+impl HeartState {
+    fn beat(&self, sender: &Sender) {
+        let busy = self.busy_since_ms.load(Ordering::Relaxed);
+        if busy == 0 {
+            return;
+        }
+        let since = self.epoch + Duration::from_millis(busy - 1);
+        if (HEARTBEAT..HEARTBEAT_AT_MOST).contains(&since.elapsed()) {
+            for (args, hosts) in &*self.runs.lock().unwrap_or_else(PoisonError::into_inner) {
+                for host in hosts {
+                    sender.send(*host, &Command::KeepAlive(*args));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+    }
+}

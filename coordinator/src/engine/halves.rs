@@ -1,0 +1,264 @@
+//! What the engine knows of each VM: its two halves, and the measurements for the report.
+
+use std::time::Duration;
+
+use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, Role, RoundReport, Side, VmReport};
+
+use super::Member;
+use crate::application::VmId;
+use crate::capacity::Demand;
+use crate::report::Sample;
+
+/// At most so many samples are kept per VM; beyond it every second one is dropped.
+const MAX_SAMPLES: usize = 4000;
+
+/// How a half ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// Destination: it runs. Source: its process is gone.
+    Committed,
+    /// Source: it runs as before. Destination: its process is gone.
+    RolledBack,
+    /// Its QEMU is dead.
+    Lost,
+    /// Its sidecar never took part.
+    NotBegun,
+}
+
+/// One end of a VM's move, as its sidecar reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Half {
+    /// Last phase reported.
+    pub phase: Option<Phase>,
+    pub(super) prepared: bool,
+    pub(super) arrived: bool,
+    pub(super) failed: bool,
+    pub(super) end: Option<End>,
+}
+
+/// A VM of the group while it moves.
+#[derive(Debug, Clone)]
+pub(super) struct VmRun {
+    pub member: Member,
+    pub source: Half,
+    pub destination: Half,
+    /// Where `start` sends the stream.
+    pub stream: Option<String>,
+    pub held: bool,
+    pub armed: bool,
+    pub stopped: bool,
+    pub finish_sent: bool,
+    pub diverged: Option<Side>,
+    pub remaining_bytes: u64,
+    pub dirty_rate_bytes_per_s: u64,
+    pub rate_bytes_per_s: u64,
+    pub round: u64,
+    pub throttle_percent: u8,
+    pub memory_bytes: u64,
+    pub transferred_bytes: u64,
+    pub hold_reason: Option<HoldReason>,
+    pub held_at_us: Option<i64>,
+    pub rounds: Vec<RoundReport>,
+    pub history: Vec<PhaseEntry>,
+    pub samples: Vec<Sample>,
+    pub remaining_at_release: Option<u64>,
+    pub stopped_at_us: Option<i64>,
+    pub resumed_at_us: Option<i64>,
+    pub error: Option<String>,
+}
+
+/// A VM's state for the live display.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmProgress {
+    /// Which VM of the application.
+    pub vm: VmId,
+    /// Its name.
+    pub name: String,
+    /// Phase at the source, or at the destination once it has arrived.
+    pub phase: Option<Phase>,
+    /// Pre-copy round.
+    pub round: u64,
+    /// Guest RAM in bytes.
+    pub total_bytes: u64,
+    /// Dirty or unsent memory in bytes.
+    pub remaining_bytes: u64,
+    /// Bytes of its stream so far.
+    pub transferred_bytes: u64,
+    /// Speed of its stream in bytes per second.
+    pub rate_bytes_per_s: u64,
+    /// Dirty rate in bytes per second.
+    pub dirty_rate_bytes_per_s: u64,
+    /// vCPU throttle in percent.
+    pub throttle_percent: u8,
+    /// Until it is ready to switch over, where that can be said.
+    pub time_left: Option<Duration>,
+    /// What went wrong.
+    pub error: Option<String>,
+}
+
+impl VmRun {
+    pub(super) fn new(member: Member) -> Self {
+        Self {
+            member,
+            source: Half::default(),
+            destination: Half::default(),
+            stream: None,
+            held: false,
+            armed: false,
+            stopped: false,
+            finish_sent: false,
+            diverged: None,
+            remaining_bytes: 0,
+            dirty_rate_bytes_per_s: 0,
+            rate_bytes_per_s: 0,
+            round: 0,
+            throttle_percent: 0,
+            memory_bytes: 0,
+            transferred_bytes: 0,
+            hold_reason: None,
+            held_at_us: None,
+            rounds: Vec::new(),
+            history: Vec::new(),
+            samples: Vec::new(),
+            remaining_at_release: None,
+            stopped_at_us: None,
+            resumed_at_us: None,
+            error: None,
+        }
+    }
+
+    pub(super) fn half(&mut self, role: Role) -> &mut Half {
+        match role {
+            Role::Source => &mut self.source,
+            Role::Destination => &mut self.destination,
+        }
+    }
+
+    pub(super) fn arrived(&self) -> bool {
+        let whole = |half: &Half| half.arrived && !half.failed && half.end.is_none();
+        whole(&self.source) && whole(&self.destination)
+    }
+
+    pub(super) fn ended(&self) -> bool {
+        self.source.end.is_some() && self.destination.end.is_some()
+    }
+
+    /// Where it runs, once that is known.
+    pub(super) fn side(&self) -> Option<Side> {
+        if let Some(side) = self.diverged {
+            return Some(side);
+        }
+        if self.destination.end == Some(End::Committed) {
+            return Some(Side::Destination);
+        }
+        match self.source.end {
+            Some(End::RolledBack | End::NotBegun) => Some(Side::Source),
+            _ => None,
+        }
+    }
+
+    pub(super) fn demand(&self) -> Demand {
+        Demand {
+            remaining_bytes: if self.round == 0 && self.remaining_bytes == 0 {
+                self.memory_bytes
+            } else {
+                self.remaining_bytes
+            },
+            dirty_rate_bytes_per_s: self.dirty_rate_bytes_per_s,
+            held: self.held,
+        }
+    }
+
+    pub(super) fn add_round(&mut self, round: RoundReport) {
+        self.round = self.round.max(round.round.saturating_add(1));
+        if self
+            .rounds
+            .last()
+            .is_none_or(|last| last.round < round.round)
+        {
+            self.rounds.push(round);
+        }
+    }
+
+    /// Takes the measurements of a report.
+    pub(super) fn measure(&mut self, at_us: i64, report: &VmReport) {
+        self.half(report.role).phase = Some(report.phase);
+        self.transferred_bytes = self.transferred_bytes.max(report.transferred_bytes);
+        if report.role == Role::Destination {
+            self.resumed_at_us = report.resumed_at_us.or(self.resumed_at_us);
+            return;
+        }
+        self.memory_bytes = self.memory_bytes.max(report.total_bytes);
+        self.round = report.round;
+        self.rate_bytes_per_s = report.rate_bytes_per_s;
+        self.throttle_percent = report.throttle_percent;
+        if !self.stopped {
+            self.remaining_bytes = report.remaining_bytes;
+            self.dirty_rate_bytes_per_s = report.dirty_rate_bytes_per_s;
+        }
+        if report.rounds.len() >= self.rounds.len() {
+            self.rounds.clone_from(&report.rounds);
+        }
+        if report.history.len() >= self.history.len() {
+            self.history.clone_from(&report.history);
+        }
+        self.stopped_at_us = report.stopped_at_us.or(self.stopped_at_us);
+        self.remaining_at_release = report
+            .remaining_at_release_bytes
+            .or(self.remaining_at_release);
+        if report.error.is_some() {
+            self.error.clone_from(&report.error);
+        }
+        if self.samples.len() >= MAX_SAMPLES {
+            let mut index = 0;
+            self.samples.retain(|_| {
+                index += 1;
+                index % 2 == 1
+            });
+        }
+        self.samples.push(Sample {
+            at_us,
+            phase: report.phase,
+            round: report.round,
+            remaining_bytes: report.remaining_bytes,
+            rate_bytes_per_s: report.rate_bytes_per_s,
+            dirty_rate_bytes_per_s: report.dirty_rate_bytes_per_s,
+            transferred_bytes: report.transferred_bytes,
+        });
+    }
+
+    /// Notes that the source entered `phase`, where no report has said so yet.
+    pub(super) fn enter(&mut self, phase: Phase, at_us: i64) {
+        self.source.phase = Some(phase);
+        if self.history.iter().all(|entry| entry.phase != phase) {
+            self.history.push(PhaseEntry { phase, at_us });
+        }
+    }
+
+    pub(super) fn progress(&self) -> VmProgress {
+        let net = self
+            .rate_bytes_per_s
+            .saturating_sub(self.dirty_rate_bytes_per_s);
+        let copying = self.source.phase == Some(Phase::Precopy) && !self.held;
+        let time_left = (copying && net > 0 && self.remaining_bytes > 0)
+            .then(|| Duration::from_millis(self.remaining_bytes.saturating_mul(1000) / net));
+        let phase = match self.destination.phase {
+            Some(Phase::Committed | Phase::Committing) => self.destination.phase,
+            _ => self.source.phase.or(self.destination.phase),
+        };
+        VmProgress {
+            vm: self.member.vm,
+            name: self.member.name.clone(),
+            phase,
+            round: self.round,
+            total_bytes: self.memory_bytes,
+            remaining_bytes: self.remaining_bytes,
+            transferred_bytes: self.transferred_bytes,
+            rate_bytes_per_s: self.rate_bytes_per_s,
+            dirty_rate_bytes_per_s: self.dirty_rate_bytes_per_s,
+            throttle_percent: self.throttle_percent,
+            time_left,
+            error: self.error.clone(),
+        }
+    }
+}

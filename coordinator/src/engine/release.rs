@@ -1,0 +1,199 @@
+//! Arming, weighing, releasing: when a held group switches over, and what if it never fits.
+
+use std::time::Duration;
+
+use sidecar::protocol::command::{Command, ReportIntervalArgs, ThrottleArgs};
+
+use super::Step;
+use super::advance::{ms, switch_within};
+use super::group::{GroupRun, Stage};
+use crate::application::{HostId, OnNonConvergence};
+
+pub(super) const ARM_WITHIN: Duration = Duration::from_secs(3);
+pub(super) const STOP_WITHIN: Duration = Duration::from_secs(5);
+/// How long a held group is tried before `on-non-convergence` applies.
+pub(super) const HORIZON: Duration = Duration::from_secs(10);
+/// Throttles of QEMU's auto-converge take effect in steps of 3.2 s.
+const THROTTLE_SETTLES: Duration = Duration::from_secs(4);
+const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
+const REPORT_WHILE_ARMED_MS: u64 = 50;
+/// An armed QEMU that is not patched spins: not longer than this at a time.
+pub(super) const ARMED_AT_MOST: Duration = Duration::from_secs(1);
+
+impl GroupRun {
+    fn report_every(&mut self, now: Duration, interval_ms: u64) {
+        let args = self.args();
+        for host in self.sources() {
+            let interval = ReportIntervalArgs {
+                run: args.run,
+                epoch: args.epoch,
+                interval_ms,
+            };
+            self.send(now, host, Command::SetReportInterval(interval));
+        }
+    }
+
+    pub(super) fn arm(&mut self, now: Duration) {
+        for vm in &mut self.vms {
+            vm.armed = false;
+        }
+        self.best = None;
+        self.arm_attempts += 1;
+        self.stage = Stage::Arming;
+        self.stage_deadline = Some(now + ARM_WITHIN);
+        let args = self.args();
+        for host in self.sources() {
+            self.send(now, host, Command::Arm(args));
+        }
+        self.report_every(now, REPORT_WHILE_ARMED_MS);
+    }
+
+    /// Σ remaining / bandwidth, over every cut.
+    pub(super) fn predict(&self) -> Duration {
+        let remaining: Vec<u64> = self.vms.iter().map(|vm| vm.remaining_bytes).collect();
+        self.spec.capacity.downtime(&remaining)
+    }
+
+    /// Armed: releases if it fits, waits for a better moment, or goes back to the paced hold.
+    pub(super) fn weigh(&mut self, now: Duration) {
+        let Stage::Armed { since } = self.stage else {
+            return;
+        };
+        let predicted = self.predict();
+        let best = self.best.map_or(predicted, |best| best.min(predicted));
+        self.best = Some(best);
+        let limits = self.spec.limits;
+        let last_chance = now >= since + ARMED_AT_MOST;
+        let good_moment = last_chance || predicted.as_secs_f64() <= best.as_secs_f64() * 1.05;
+        let forced = self.forced && predicted <= limits.hard_downtime && good_moment;
+        if predicted <= limits.max_downtime || (forced && now >= since + ARMED_AT_MOST / 2) {
+            self.release(now, predicted);
+        } else if last_chance {
+            self.disarm(now, best);
+        }
+    }
+
+    fn disarm(&mut self, now: Duration, best: Duration) {
+        let args = self.args();
+        for host in self.sources() {
+            self.send(now, host, Command::Disarm(args));
+        }
+        self.report_every(now, ms(self.spec.limits.report_interval));
+        self.step(Step::Disarmed { best });
+        let back_off = Duration::from_millis(500) * 2_u32.pow(self.arm_attempts.clamp(1, 4) - 1);
+        self.stage = Stage::Held {
+            retry_at: now + back_off,
+        };
+        self.stage_deadline = self.release_deadline();
+        let since = self.all_held_at.unwrap_or(now);
+        if now >= since + HORIZON {
+            self.does_not_converge(now, best);
+        }
+    }
+
+    /// The horizon is over and the group has not fitted `max-downtime`.
+    fn does_not_converge(&mut self, now: Duration, best: Duration) {
+        self.all_held_at = Some(now);
+        let limits = self.spec.limits;
+        let text = format!(
+            "the switchover would take {} ms at best, max-downtime is {} ms",
+            best.as_millis(),
+            limits.max_downtime.as_millis()
+        );
+        match limits.on_non_convergence {
+            OnNonConvergence::Abort => {
+                self.fail(now, format!("{text}; on-non-convergence = abort"));
+            }
+            OnNonConvergence::Throttle if self.throttle_step < THROTTLE_STEPS.len() => {
+                self.throttle(now);
+            }
+            _ if self.forced => {
+                let hard = limits.hard_downtime.as_millis();
+                self.fail(now, format!("{text}, the hard limit is {hard} ms"));
+            }
+            _ => {
+                self.forced = true;
+                self.notice(format!("{text}: it will be released within the hard limit"));
+            }
+        }
+    }
+
+    /// Slows the VMs that dirty at least their share, one step more.
+    fn throttle(&mut self, now: Duration) {
+        let percent = THROTTLE_STEPS[self.throttle_step];
+        self.throttle_step += 1;
+        // The next step follows after one attempt that had time to settle.
+        self.all_held_at = Some((now + THROTTLE_SETTLES).saturating_sub(HORIZON));
+        self.stage = Stage::Held {
+            retry_at: now + THROTTLE_SETTLES,
+        };
+        let count = u64::try_from(self.vms.len()).unwrap_or(1);
+        let sum: u64 = self.vms.iter().map(|vm| vm.dirty_rate_bytes_per_s).sum();
+        let args = self.args();
+        let chosen: Vec<(HostId, String)> = self
+            .vms
+            .iter()
+            .filter(|vm| vm.dirty_rate_bytes_per_s.saturating_mul(count) >= sum)
+            .map(|vm| (vm.member.from, vm.member.name.clone()))
+            .collect();
+        for (host, vm) in chosen {
+            self.step(Step::Throttled {
+                vm: vm.clone(),
+                percent,
+            });
+            let throttle = ThrottleArgs {
+                run: args.run,
+                epoch: args.epoch,
+                vm,
+                percent,
+            };
+            self.send(now, host, Command::Throttle(throttle));
+        }
+    }
+
+    fn release(&mut self, now: Duration, predicted: Duration) {
+        self.stage = Stage::Stopping;
+        self.stage_deadline = Some(now + STOP_WITHIN);
+        let args = self.args();
+        for host in self.sources() {
+            self.send(now, host, Command::Release(args));
+        }
+        self.step(Step::Released { predicted });
+    }
+
+    /// Every VM is paused and said what exactly is left: on, or back.
+    #[allow(clippy::cast_precision_loss, reason = "a weight")]
+    pub(super) fn all_stopped(&mut self, now: Duration) {
+        let predicted = self.predict();
+        self.predicted = Some(predicted);
+        let remaining_bytes = self.vms.iter().map(|vm| vm.remaining_bytes).sum();
+        self.step(Step::AllStopped {
+            remaining_bytes,
+            predicted,
+        });
+        let hard = self.spec.limits.hard_downtime;
+        if predicted > hard {
+            let text = format!(
+                "what is left of the paused VMs would take {} ms, the hard limit is {} ms",
+                predicted.as_millis(),
+                hard.as_millis()
+            );
+            self.fail(now, text);
+            return;
+        }
+        let weights: Vec<f64> = self
+            .vms
+            .iter()
+            .map(|vm| vm.remaining_bytes.max(4096) as f64)
+            .collect();
+        self.send_shares(now, &weights, true);
+        self.stage = Stage::Switching;
+        self.stage_deadline = Some(now + switch_within(predicted));
+        self.past_return = true;
+        let args = self.args();
+        for host in self.sources() {
+            self.send(now, host, Command::Continue(args));
+        }
+        self.step(Step::Continued);
+    }
+}

@@ -1,0 +1,139 @@
+use super::*;
+use crate::report::Outcome;
+use sidecar::protocol::types::Side;
+
+#[test]
+fn three_vms_move_together() {
+    let mut s = Script::new(spec(&["web", "app", "db"], true));
+    assert_eq!(s.took(), vec![(B, "prepare"), (A, "prepare")]);
+    s.prepared();
+    assert_eq!(s.took(), vec![(A, "pace"), (A, "start")]);
+    s.held();
+    let took = s.took();
+    assert_eq!(took.last(), Some(&(A, "arm")), "{took:?}");
+    s.armed(2 * MB);
+    assert_eq!(s.took(), vec![(A, "release")]);
+    s.stopped(3 * MB);
+    assert_eq!(s.took(), vec![(A, "pace"), (A, "continue")]);
+    s.arrived(Role::Source);
+    assert_eq!(s.took(), vec![]);
+    s.arrived(Role::Destination);
+    assert_eq!(s.steps.last(), Some(&Step::AllArrived));
+    s.register_says("commit");
+    assert_eq!(s.took(), vec![(R, "decide"), (B, "commit"), (A, "commit")]);
+    s.committed(Role::Destination);
+    assert_eq!(s.took(), vec![(A, "finish"), (A, "finish"), (A, "finish")]);
+    assert!(s.steps.contains(&Step::AllRunning));
+    assert_eq!(s.group.outcome(), None);
+    s.committed(Role::Source);
+    assert_eq!(s.group.outcome(), Some(Outcome::Committed));
+    assert_eq!(s.group.reason(), None);
+    assert_eq!(s.group.notices(), &[] as &[String]);
+    let moves = s.group.vm_moves(|host| format!("h{}", host.0));
+    assert!(
+        moves
+            .iter()
+            .all(|(_, vm)| vm.side == Some(Side::Destination))
+    );
+    assert_eq!(moves[0].1.downtime_s, Some(4e-6));
+    assert_eq!(moves[0].1.remaining_at_release_bytes, Some(3 * MB));
+    // 9 MB at 50 MB/s.
+    assert_eq!(s.group.group_move().predicted_downtime_s, Some(0.18));
+}
+
+#[test]
+fn without_hold_the_vm_switches_over_by_itself() {
+    let mut s = Script::new(spec(&["web"], false));
+    s.prepared();
+    s.took();
+    s.stopped(MB);
+    s.event(A, Event::Switching { vm: "web".into() });
+    s.arrived(Role::Destination);
+    s.arrived(Role::Source);
+    assert_eq!(s.took(), vec![(R, "decide")]);
+}
+
+#[test]
+fn pre_copy_shares_follow_what_is_left() {
+    let mut s = Script::new(spec(&["web", "db"], true));
+    s.up_to("precopy");
+    let pace = s.sent.iter().find_map(|(_, _, command)| match command {
+        Command::Pace(args) => Some(args.clone()),
+        _ => None,
+    });
+    let pace = pace.expect("paced before start");
+    assert_eq!(pace.group_bytes_per_s, Some(50 * MB));
+    assert_eq!(pace.vms["web"].weight, pace.vms["db"].weight);
+    assert_eq!(pace.vms["web"].bytes_per_s, None);
+}
+
+#[test]
+fn it_waits_for_a_moment_that_fits() {
+    let mut s = Script::new(spec(&["web"], true));
+    s.up_to("held");
+    s.took();
+    s.armed(20 * MB); // 400 ms
+    assert_eq!(s.took(), vec![]);
+    s.pass(Duration::from_millis(1100));
+    assert_eq!(s.took(), vec![(A, "disarm")]);
+    s.pass(Duration::from_millis(500));
+    assert_eq!(s.took(), vec![(A, "arm")]);
+    s.armed(10 * MB);
+    assert_eq!(s.took(), vec![(A, "release")]);
+}
+
+#[test]
+fn a_group_that_never_fits_is_given_up_or_forced() {
+    for (choice, hidden) in [
+        (OnNonConvergence::Abort, 20 * MB),
+        (OnNonConvergence::Force, 20 * MB),
+        (OnNonConvergence::Force, 40 * MB),
+        (OnNonConvergence::Throttle, 20 * MB),
+    ] {
+        let mut spec = spec(&["web"], true);
+        spec.limits.on_non_convergence = choice;
+        let mut s = Script::new(spec);
+        s.up_to("held");
+        s.took();
+        let mut names = Vec::new();
+        for _ in 0..120 {
+            s.armed(hidden);
+            s.pass(Duration::from_millis(600));
+            s.armed(hidden);
+            s.pass(Duration::from_millis(600));
+            names.extend(s.took().into_iter().map(|(_, name)| name));
+            if names.contains(&"release") || names.contains(&"abort") {
+                break;
+            }
+        }
+        let throttles = names.iter().filter(|name| **name == "throttle").count();
+        let expected = if hidden == 20 * MB && choice != OnNonConvergence::Abort {
+            "release"
+        } else {
+            "abort"
+        };
+        assert!(
+            names.contains(&expected),
+            "{choice:?} {hidden} {names:?} {}",
+            s.reason()
+        );
+        assert_eq!(
+            throttles,
+            if choice == OnNonConvergence::Throttle {
+                5
+            } else {
+                0
+            }
+        );
+    }
+}
+
+#[test]
+fn a_lower_share_is_sent_at_once() {
+    let mut s = Script::new(spec(&["web"], false));
+    s.up_to("precopy");
+    s.took();
+    s.group.set_bandwidth(s.now, BytesPerSecond(25 * MB));
+    s.drain();
+    assert_eq!(s.took(), vec![(A, "pace")]);
+}
