@@ -25,7 +25,8 @@ struct Vm {
     destination_ended: bool,
     source_shot: bool,
     destination_shot: bool,
-    /// The source's death came when the destination had everything already.
+    /// The source's death came when the destination had everything already, and before the record
+    /// gave the VM back to its source (from then on the other copy counts as stale).
     shot_when_loaded: bool,
     /// The destination's death came when it may have run.
     shot_when_running: bool,
@@ -319,7 +320,7 @@ impl World {
             let mut shot = Vm {
                 source: S::Dead { was_released },
                 source_shot: true,
-                shot_when_loaded: vm.loaded(),
+                shot_when_loaded: vm.loaded() && vm.record != Some(Side::Source),
                 ..vm
             };
             if vm.destination == D::Loading {
