@@ -19,11 +19,11 @@ at_least() {
 
 check_rust() {
     local found
-    command -v cargo >/dev/null && command -v rustc >/dev/null ||
+    command -v cargo >/dev/null ||
         die "Rust is missing; get it with: curl https://sh.rustup.rs -sSf | sh (Debian 12's own rustc 1.63 is too old, Debian 13's will do)"
-    found=$(rustc --version | awk '{print $2}')
+    found=$(rustc --version 2>/dev/null | awk '{print $2}') || true
     at_least "$found" "$RUST_MIN" ||
-        die "Rust $found is too old, $RUST_MIN or newer is needed (Debian 12's own is 1.63); get it with: curl https://sh.rustup.rs -sSf | sh"
+        die "Rust ${found:-without rustc} is too old, $RUST_MIN or newer is needed (Debian 12's own is 1.63); get it with: curl https://sh.rustup.rs -sSf | sh"
 }
 
 qemu_version() {
@@ -56,7 +56,7 @@ as_root() {
 # Prints the sources that Debian's main comes from, as FILE URI SUITE.
 debian_sources() {
     # shellcheck disable=SC2016
-    apt-get indextargets --format '$(SOURCESENTRY) $(REPO_URI) $(RELEASE) $(COMPONENT)' \
+    apt-get indextargets --no-release-info --format '$(SOURCESENTRY) $(REPO_URI) $(RELEASE) $(COMPONENT)' \
         'Identifier: Packages' |
         awk -v suite="$codename" '$4 == "main" && ($3 == suite || index($3, suite "-") == 1) {
             sub(/:[0-9]+$/, "", $1); print $1, $2, $3 }' | sort -u
@@ -83,7 +83,9 @@ update() {
             echo "setup: not all of $file could be updated; going on with the rest" >&2
         fi
     done
-    [ -n "$reached" ] || echo "setup: no package list could be updated; trying with those there are" >&2
+    # Sources may be called `stable`: then there is nothing to choose by.
+    [ -n "$reached" ] || as_root apt-get update -qq ||
+        echo "setup: no package list could be updated; trying with those there are" >&2
 }
 
 check_rust

@@ -49,7 +49,10 @@ pub fn ticks_and_dirties(accel: Accel) -> Result<()> {
         // makes up for lost ticks, as KVM's does. QEMU's own does not when the machine is busy.
         let writes = f64::from(after.writes - before.writes);
         let per_tick = writes / f64::from(after.ticks - before.ticks);
-        ensure!((9.66..9.86).contains(&per_tick), "{per_tick} writes per tick");
+        ensure!(
+            (9.66..9.86).contains(&per_tick),
+            "{per_tick} writes per tick"
+        );
         if accel == Accel::Kvm {
             ensure!((980.0..1020.0).contains(&stats.hz), "{stats:?}");
             ensure!((39.0..41.0).contains(&rate), "{rate} MB/s, asked for 40");
