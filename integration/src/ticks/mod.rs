@@ -249,10 +249,11 @@ mod tests {
             while collector.record("vm").ticks.len() < 2 {
                 std::thread::yield_now();
             }
+            let (mut count, mut byte) = (2, 1_u8);
             while !waiting.is_finished() {
-                let count = u8::try_from(collector.record("vm").ticks.len()).unwrap();
-                b.write_all(&[count.wrapping_sub(1)]).unwrap();
-                while collector.record("vm").ticks.len() == usize::from(count) {
+                b.write_all(&[byte]).unwrap();
+                (count, byte) = (count + 1, byte.wrapping_add(1));
+                while collector.record("vm").ticks.len() < count {
                     std::thread::yield_now();
                 }
             }

@@ -44,7 +44,6 @@ pub fn ticks_and_dirties(accel: Accel) -> Result<()> {
             "ticks were lost: {:?}",
             record.breaks()
         );
-        ensure!((0.8..1.2).contains(&stats.p50_ms), "{stats:?}");
         // What the guest is made to do holds always; how often it is let to, only where the timer
         // makes up for lost ticks, as KVM's does. QEMU's own does not when the machine is busy.
         let writes = f64::from(after.writes - before.writes);
