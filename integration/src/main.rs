@@ -1,5 +1,6 @@
 //! The testbed on the command line.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,7 +12,7 @@ use testbed::memory::GuestRam;
 use testbed::net::{Network, throughput};
 use testbed::process::Isolation;
 use testbed::qemu::{AccelChoice, Launch, Role, accel};
-use testbed::signals::Interrupt;
+use testbed::signals::{Interrupt, Interrupted};
 use testbed::ticks::Collector;
 
 const HOST: &str = "here";
@@ -50,9 +51,20 @@ enum Subcommands {
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("muster-testbed: {error:#}");
+            ExitCode::from(if error.is::<Interrupted>() { 130 } else { 1 })
+        }
+    }
+}
+
+fn run(command: Subcommands) -> Result<()> {
     let interrupt = Interrupt::install().context("cannot handle signals")?;
-    match Arguments::parse().command {
+    match command {
         Subcommands::Guest {
             guest,
             accel,

@@ -95,11 +95,24 @@ impl Qmp {
     /// # Errors
     /// If that is not done within `limit`.
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, QmpError> {
+        Self::connect_while(path, limit, || true)
+    }
+
+    /// As [`connect`](Self::connect), but gives up on a missing socket when `alive` says that
+    /// nobody will make it any more.
+    ///
+    /// # Errors
+    /// If that is not done within `limit`.
+    pub fn connect_while(
+        path: &Path,
+        limit: Duration,
+        mut alive: impl FnMut() -> bool,
+    ) -> Result<Self, QmpError> {
         let deadline = Instant::now() + limit;
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
-                Err(error) if Instant::now() >= deadline => {
+                Err(error) if Instant::now() >= deadline || !alive() => {
                     let path = path.to_owned();
                     return Err(QmpError::Connect { path, error });
                 }

@@ -24,6 +24,7 @@ pub const QMP_PLACEHOLDER: &str = "{qmp}";
 /// The oldest QEMU that can be held.
 pub const MIN_VERSION: (u32, u32) = (8, 1);
 const MONITOR_LIMIT: Duration = Duration::from_secs(10);
+const END_LIMIT: Duration = Duration::from_millis(500);
 
 /// Why QEMU could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -281,13 +282,16 @@ impl Launch {
         command.args(words);
         let name = format!("QEMU of {}", self.spec.name);
         let mut process = Process::start(&name, command, isolation)?;
-        match Qmp::connect(&self.observe, MONITOR_LIMIT) {
+        let alive = || process.must_run().is_ok();
+        match Qmp::connect_while(&self.observe, MONITOR_LIMIT, alive) {
             Ok(monitor) => Ok(Qemu {
                 process,
                 monitor,
                 qmp: qmp.to_owned(),
             }),
             Err(monitor) => {
+                // A monitor that breaks belongs to a QEMU that is about to end: let it say why.
+                let _ = process.wait(END_LIMIT);
                 process.must_run()?;
                 let said = process.last_words();
                 Err(QemuError::Monitor { monitor, said })

@@ -8,23 +8,22 @@
 //! first byte is recorded, and only a copy that really still runs can tick later.
 
 mod record;
+mod worker;
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crossbeam::channel::{Sender, unbounded};
 
 pub use record::{Break, Gap, GapStats, Overlap, Record, Switchover, Tick};
 
 use crate::clock::Micros;
-use crate::sys;
+use worker::Worker;
 
 /// Why ticks could not be collected.
 #[derive(Debug, thiserror::Error)]
@@ -70,18 +69,12 @@ struct Shared {
     ticked: Condvar,
 }
 
+/// A socket for the worker to accept connections from.
 #[derive(Debug)]
 struct Listening {
     vm: String,
     host: String,
     listener: UnixListener,
-}
-
-#[derive(Debug)]
-struct Connection {
-    vm: String,
-    source: u16,
-    stream: UnixStream,
 }
 
 impl Collector {
@@ -95,14 +88,7 @@ impl Collector {
         woken.set_nonblocking(true)?;
         let (orders, received) = unbounded();
         let shared = Arc::new(Shared::default());
-        let worker = Worker {
-            shared: Arc::clone(&shared),
-            orders: received,
-            woken,
-            listeners: Vec::new(),
-            connections: Vec::new(),
-            last: BTreeMap::new(),
-        };
+        let worker = Worker::new(Arc::clone(&shared), received, woken);
         let thread = std::thread::Builder::new()
             .name("ticks".into())
             .spawn(move || worker.run())?;
@@ -244,133 +230,6 @@ impl Shared {
     }
 }
 
-struct Worker {
-    shared: Arc<Shared>,
-    orders: Receiver<Listening>,
-    woken: UnixStream,
-    listeners: Vec<Listening>,
-    connections: Vec<Connection>,
-    /// Per VM, the source that ticked last.
-    last: BTreeMap<String, u16>,
-}
-
-impl Worker {
-    fn run(mut self) {
-        // Without the privilege the stamps are late by what the scheduler takes.
-        let _ = sys::make_thread_realtime();
-        loop {
-            let ready = self.wait();
-            if ready[0] {
-                let mut sink = [0; 64];
-                while matches!(self.woken.read(&mut sink), Ok(1..)) {}
-                loop {
-                    match self.orders.try_recv() {
-                        Ok(listening) => self.listeners.push(listening),
-                        Err(error) if error.is_disconnected() => return,
-                        Err(_) => break,
-                    }
-                }
-            }
-            let of_connections = ready.len() - self.connections.len();
-            let vms: Vec<String> = self
-                .connections
-                .iter()
-                .zip(&ready[of_connections..])
-                .filter(|(_, ready)| **ready)
-                .map(|(connection, _)| connection.vm.clone())
-                .collect();
-            for vm in &vms {
-                self.read_vm(vm);
-            }
-            self.accept();
-        }
-    }
-
-    /// Waits until something is ready: the wake-up pipe, the listeners, the connections.
-    fn wait(&self) -> Vec<bool> {
-        fn watch(fd: BorrowedFd<'_>) -> PollFd<'_> {
-            PollFd::new(fd, PollFlags::POLLIN)
-        }
-        let mut fds = vec![watch(self.woken.as_fd())];
-        fds.extend(self.listeners.iter().map(|l| watch(l.listener.as_fd())));
-        fds.extend(self.connections.iter().map(|c| watch(c.stream.as_fd())));
-        let _ = poll(&mut fds, PollTimeout::NONE);
-        fds.iter().map(|fd| fd.any().unwrap_or(false)).collect()
-    }
-
-    fn accept(&mut self) {
-        for listening in &self.listeners {
-            while let Ok((stream, _)) = listening.listener.accept() {
-                if stream.set_nonblocking(true).is_err() {
-                    continue;
-                }
-                let mut records = self.shared.lock();
-                let record = records.entry(listening.vm.clone()).or_default();
-                let Ok(source) = u16::try_from(record.sources.len()) else {
-                    continue;
-                };
-                record.sources.push(listening.host.clone());
-                self.connections.push(Connection {
-                    vm: listening.vm.clone(),
-                    source,
-                    stream,
-                });
-            }
-        }
-    }
-
-    /// Reads all connections of `vm`: first those that did not tick last, then the one that did;
-    /// records them the other way round.
-    fn read_vm(&mut self, vm: &str) {
-        let last = self.last.get(vm).copied();
-        let mut order: Vec<usize> = (0..self.connections.len())
-            .filter(|index| self.connections[*index].vm == vm)
-            .collect();
-        order.sort_by_key(|index| Some(self.connections[*index].source) == last);
-        let mut batches = Vec::new();
-        let mut ended = Vec::new();
-        for index in order {
-            let connection = &mut self.connections[index];
-            let (bytes, open) = drain(&mut connection.stream);
-            batches.push((connection.source, bytes));
-            if !open {
-                ended.push(index);
-            }
-        }
-        let at = Micros::now();
-        let mut records = self.shared.lock();
-        let record = records.entry(vm.to_owned()).or_default();
-        for (source, bytes) in batches.into_iter().rev() {
-            if !bytes.is_empty() {
-                self.last.insert(vm.to_owned(), source);
-            }
-            let ticks = bytes.into_iter().map(|byte| Tick { at, source, byte });
-            record.ticks.extend(ticks);
-        }
-        drop(records);
-        self.shared.ticked.notify_all();
-        ended.sort_unstable();
-        for index in ended.into_iter().rev() {
-            self.connections.swap_remove(index);
-        }
-    }
-}
-
-/// Everything that can be read now, and whether more may come.
-fn drain(stream: &mut UnixStream) -> (Vec<u8>, bool) {
-    let mut bytes = Vec::new();
-    let mut chunk = [0; 4096];
-    loop {
-        match stream.read(&mut chunk) {
-            Ok(0) => return (bytes, false),
-            Ok(count) => bytes.extend_from_slice(&chunk[..count]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (bytes, true),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return (bytes, false),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,10 +249,11 @@ mod tests {
             while collector.record("vm").ticks.len() < 2 {
                 std::thread::yield_now();
             }
+            let (mut count, mut byte) = (2, 1_u8);
             while !waiting.is_finished() {
-                let count = u8::try_from(collector.record("vm").ticks.len()).unwrap();
-                b.write_all(&[count.wrapping_sub(1)]).unwrap();
-                while collector.record("vm").ticks.len() == usize::from(count) {
+                b.write_all(&[byte]).unwrap();
+                (count, byte) = (count + 1, byte.wrapping_add(1));
+                while collector.record("vm").ticks.len() < count {
                     std::thread::yield_now();
                 }
             }

@@ -44,9 +44,18 @@ pub fn ticks_and_dirties(accel: Accel) -> Result<()> {
             "ticks were lost: {:?}",
             record.breaks()
         );
-        ensure!((970.0..1030.0).contains(&stats.hz), "{stats:?}");
-        ensure!((0.8..1.2).contains(&stats.p50_ms), "{stats:?}");
-        ensure!((38.0..42.0).contains(&rate), "{rate} MB/s, asked for 40");
+        // What the guest is made to do holds always; how often it is let to, only where the timer
+        // makes up for lost ticks, as KVM's does. QEMU's own does not when the machine is busy.
+        let writes = f64::from(after.writes - before.writes);
+        let per_tick = writes / f64::from(after.ticks - before.ticks);
+        ensure!(
+            (9.66..9.86).contains(&per_tick),
+            "{per_tick} writes per tick"
+        );
+        if accel == Accel::Kvm {
+            ensure!((980.0..1020.0).contains(&stats.hz), "{stats:?}");
+            ensure!((39.0..41.0).contains(&rate), "{rate} MB/s, asked for 40");
+        }
         ensure!(lab.collector.running("db", WATCH) == ["a"]);
     }
     Ok(())

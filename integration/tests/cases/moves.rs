@@ -114,8 +114,9 @@ pub fn two_running_copies(accel: Accel) -> Result<()> {
     for monitor in [&mut destination.monitor, &mut source.monitor] {
         monitor.execute("cont", json!({}), LIMIT)?;
     }
-    lab.collector.wait_for_tick("app", "a", LIMIT)?;
-    lab.collector.wait_for_tick("app", "b", LIMIT)?;
+    for host in ["a", "b", "a"] {
+        lab.collector.wait_for_tick("app", host, LIMIT)?;
+    }
     let record = lab.collector.record("app");
     ensure!(
         !record.overlaps().is_empty(),

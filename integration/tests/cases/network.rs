@@ -1,6 +1,6 @@
 //! Hosts and links in the kernel.
 
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -124,23 +124,20 @@ pub fn hosts_go() -> Result<()> {
     Ok(())
 }
 
-/// Starts `muster-testbed link`, and returns it with its namespaces once they exist.
+/// Starts `muster-testbed link`, and returns it with its namespaces once it has measured something.
 fn running_testbed() -> Result<(std::process::Child, Vec<String>)> {
-    let child = Command::new(env!("CARGO_BIN_EXE_muster-testbed"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_muster-testbed"))
         .args(["link", "--seconds", "60"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stdout(Stdio::piped())
         .spawn()?;
-    let start = format!("muster{}x", child.id());
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let names = namespaces(&start);
-        if names.len() == 2 {
-            return Ok((child, names));
-        }
-        ensure!(Instant::now() < deadline, "no namespaces {start}*");
-        std::thread::yield_now();
-    }
+    let mut output = BufReader::new(child.stdout.take().context("no output")?);
+    let mut line = String::new();
+    output.read_line(&mut line)?;
+    // It may go on writing.
+    child.stdout = Some(output.into_inner());
+    let names = namespaces(&format!("muster{}x", child.id()));
+    ensure!(names.len() == 2, "{names:?} after `{line}`");
+    Ok((child, names))
 }
 
 fn namespaces(start: &str) -> Vec<String> {
@@ -171,8 +168,8 @@ pub fn interrupted_testbed() -> Result<()> {
     kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
     let ended = PidFd::open(child.id()).context("gone")?.wait(LIMIT)?;
     child.kill()?;
-    child.wait()?;
-    ensure!(ended, "it does not end on SIGINT");
+    let status = child.wait()?;
+    ensure!(ended && status.code() == Some(130), "SIGINT: {status}");
     for name in names {
         ensure!(namespaces(&name).is_empty(), "{name} is still there");
     }

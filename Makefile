@@ -1,0 +1,43 @@
+# Muster: what one types. `make help` lists it.
+
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
+TESTBED := $(SUDO) $(TARGET)/release/muster-testbed
+# Tests that make network namespaces run as root; cargo itself does not.
+AS_ROOT := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)")
+
+.DEFAULT_GOAL := help
+.PHONY: demo test lint bench faults build setup clean help
+
+demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
+	$(TESTBED) demo $(ARGS)
+
+test: setup lint build ## everything: lints, unit tests, real QEMU, the protocol with qemu.qmp
+	$(CARGO) test --locked --workspace --exclude muster-testbed
+	$(CARGO) test --locked -p muster-testbed --lib --bins
+	$(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed --test '*'
+	$(SUDO) scripts/protocol-test.sh
+
+lint: ## formatting, clippy and documentation, warnings as errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
+
+bench: build ## the measurements of docs/benchmarks.md (ARGS=...)
+	$(TESTBED) bench $(ARGS)
+
+faults: build ## the long form of the table of faults (ARGS=...)
+	$(TESTBED) faults --long $(ARGS)
+
+build: setup ## release build of all binaries
+	$(CARGO) build --locked --release --workspace
+
+setup: ## installs QEMU and tools where they are missing (Debian 12 and 13)
+	scripts/setup.sh
+
+clean: ## removes what was built
+	$(CARGO) clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
