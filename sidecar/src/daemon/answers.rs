@@ -79,6 +79,7 @@ impl Daemon {
             state_free_bytes: free,
             stream_address: self.stream_address.clone(),
             sidecar_version: env!("CARGO_PKG_VERSION").to_owned(),
+            qemu_version: self.qemu_version.get().cloned(),
         }
     }
 

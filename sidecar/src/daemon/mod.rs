@@ -22,6 +22,7 @@ mod streams;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -97,6 +98,7 @@ pub struct Daemon {
     alarms: Vec<String>,
     children: Vec<Process>,
     measured_at: Option<Instant>,
+    qemu_version: Arc<OnceLock<String>>,
 }
 
 /// Runs that are over are remembered so that they can be queried; the oldest go first.
@@ -181,9 +183,11 @@ impl Daemon {
             alarms: Vec::new(),
             children: Vec::new(),
             measured_at: None,
+            qemu_version: Arc::default(),
         };
         daemon.register_listeners()?;
         daemon.take_over()?;
+        daemon.ask_version();
         Ok(daemon)
     }
 
@@ -213,6 +217,24 @@ impl Daemon {
         self.next_token += 1;
         self.slots.insert(token, slot);
         token
+    }
+
+    /// Finds out, aside, which QEMU the templates start.
+    fn ask_version(&self) {
+        let program = self
+            .config
+            .vms
+            .iter()
+            .find_map(|vm| vm.incoming.first())
+            .cloned();
+        let slot = Arc::clone(&self.qemu_version);
+        if let Some(program) = program {
+            std::thread::spawn(move || {
+                if let Some(version) = process::qemu_version(&program) {
+                    let _ = slot.set(version);
+                }
+            });
+        }
     }
 
     /// Serves until SIGTERM or SIGINT.

@@ -251,4 +251,6 @@ pub struct HostInfo {
     pub stream_address: String,
     /// Version of the sidecar program.
     pub sidecar_version: String,
+    /// Version of the QEMU program that the templates start, once it is known.
+    pub qemu_version: Option<String>,
 }
