@@ -15,7 +15,7 @@
 //! - [`engine`]: the state machine of one group's move; the protocol's client side.
 //! - [`conductor`]: several groups, and what happens when a later one fails.
 //! - [`drive`]: [`run`], which carries a move out.
-//! - [`observer`]: watching it.
+//! - [`observer`]: watching it; [`live`]: on a terminal.
 //! - [`preflight`], [`status`], [`operate`]: `muster check`, `status`, `abort`, `recover`.
 //! - [`report`]: what a move did; table, picture.
 
@@ -27,6 +27,7 @@ pub mod client;
 pub mod conductor;
 pub mod drive;
 pub mod engine;
+pub mod live;
 pub mod observer;
 pub mod operate;
 pub mod policy;

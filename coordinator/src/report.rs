@@ -8,7 +8,8 @@ pub mod timeline;
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, RoundReport, Side};
 use uuid::Uuid;
 
@@ -120,7 +121,8 @@ pub struct VmMove {
     pub hold_reason: Option<HoldReason>,
     /// Wait-and-copy, in seconds.
     pub held_s: f64,
-    /// Finished rounds.
+    /// Finished rounds; as JSON `rounds` is their number and `round_details` has them.
+    #[serde(flatten, serialize_with = "rounds_and_details")]
     pub rounds: Vec<RoundReport>,
     /// Bytes of its stream.
     pub sent_bytes: u64,
@@ -138,6 +140,13 @@ pub struct VmMove {
     pub samples: Vec<Sample>,
     /// What went wrong, if anything.
     pub error: Option<String>,
+}
+
+fn rounds_and_details<S: Serializer>(rounds: &[RoundReport], to: S) -> Result<S::Ok, S::Error> {
+    let mut map = to.serialize_map(Some(2))?;
+    map.serialize_entry("rounds", &rounds.len())?;
+    map.serialize_entry("round_details", rounds)?;
+    map.end()
 }
 
 /// One STATUS report of a VM's source.

@@ -4,7 +4,9 @@
 #![deny(unsafe_code)]
 
 pub mod clock;
+pub mod demo;
 pub mod guest;
+pub mod lab;
 pub mod memory;
 pub mod net;
 pub mod process;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use rate_limiter::BytesPerSecond;
 use testbed::clock::Micros;
+use testbed::demo::{self, DemoOptions};
 use testbed::guest::{GuestSpec, check};
 use testbed::memory::GuestRam;
 use testbed::net::{Network, throughput};
@@ -40,6 +41,8 @@ enum Subcommands {
         #[arg(long, default_value_t = 5)]
         seconds: u64,
     },
+    /// Moves three guests between two hosts under each policy and shows what each costs.
+    Demo(DemoOptions),
     /// Joins two hosts by a link and measures what it carries each way.
     Link {
         /// The rate to which it is shaped.
@@ -70,6 +73,7 @@ fn run(command: Subcommands) -> Result<()> {
             accel,
             seconds,
         } => show_guest(&guest, accel, seconds, &interrupt),
+        Subcommands::Demo(options) => demo::demo(&options, &interrupt),
         Subcommands::Link { rate, seconds } => show_link(rate, seconds, &interrupt),
     }
 }

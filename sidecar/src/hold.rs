@@ -257,15 +257,13 @@ mod tests {
     #[test]
     fn the_pacer_settles_near_the_dirty_rate_and_keeps_a_little() {
         let mut pacer = HoldPacer::new(10 * MIB);
-        let mut remaining = 20.0 * MIB as f64;
+        let mut remaining = 20 * MIB;
         for _ in 0..100 {
-            let bytes = remaining as u64;
-            pacer.observe(bytes, 10 * MIB);
-            let sent = (pacer.current() as f64 * 0.1).min(remaining);
-            remaining += MIB as f64 - sent;
+            pacer.observe(remaining, 10 * MIB);
+            let sent = (pacer.current() / 10).min(remaining);
+            remaining = remaining + MIB - sent;
         }
-        let goal = MIB as f64;
-        assert!((remaining - goal).abs() < 0.5 * goal, "{remaining}");
+        assert!(remaining.abs_diff(MIB) < MIB / 2, "{remaining}");
         assert!(pacer.current().abs_diff(10 * MIB) < MIB);
     }
 

@@ -68,6 +68,15 @@ impl VmHalf {
         }
     }
 
+    /// Says PREPARED again, if it is no longer preparing.
+    pub fn tell_prepared(&mut self) {
+        match self {
+            _ if self.half().phase() == Phase::Preparing => {}
+            Self::Source(source) => source.tell_prepared(),
+            Self::Destination(destination) => destination.tell_prepared(),
+        }
+    }
+
     /// Does what is due.
     pub fn tick(&mut self, now: Now) {
         match self {

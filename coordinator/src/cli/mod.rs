@@ -1,6 +1,5 @@
 //! The command line: arguments, exit codes, and the small commands.
 
-mod live;
 mod show;
 mod signals;
 
@@ -207,7 +206,7 @@ fn run(
         ..RunOptions::default()
     };
     signals::watch(&options.interrupt).context("cannot watch for signals")?;
-    let mut live = live::Live::new(json == Some(Path::new("-")));
+    let mut live = coordinator::live::Live::new(json == Some(Path::new("-")));
     let report = coordinator::run(&app, &options, &mut live)?;
     live.finish();
     let mut code = report.result.exit_code();

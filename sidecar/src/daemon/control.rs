@@ -565,9 +565,10 @@ impl Daemon {
         let known = entry
             .run
             .halves
-            .iter()
-            .any(|half| half.half().name == vm.vm);
-        if known {
+            .iter_mut()
+            .find(|half| half.half().name == vm.vm);
+        if let Some(half) = known {
+            half.tell_prepared();
             return Ok(false);
         }
         let Some(token) = StreamToken::from_hex(&vm.token) else {

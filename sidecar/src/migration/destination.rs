@@ -373,14 +373,7 @@ impl Destination {
             Tag::Listen => {
                 self.half.enter(now, Phase::Prepared);
                 self.next_ask = Some((now.mono + HEALTH, Tag::Health));
-                let event = Event::Prepared {
-                    vm: self.half.name.clone(),
-                    role: Role::Destination,
-                    stream: Some(self.place.stream_address.clone()),
-                    memory_bytes: 0,
-                    qemu_version: self.identity.version.clone(),
-                };
-                self.half.tell(event);
+                self.tell_prepared();
             }
             Tag::Loaded => match status() {
                 "paused" | "postmigrate" => self.loaded(now),
@@ -395,6 +388,18 @@ impl Destination {
             Tag::Tidy => self.tidied(),
             Tag::Health | Tag::Quit => {}
         }
+    }
+
+    /// Says PREPARED, again if `prepare` is repeated.
+    pub fn tell_prepared(&mut self) {
+        let event = Event::Prepared {
+            vm: self.half.name.clone(),
+            role: Role::Destination,
+            stream: Some(self.place.stream_address.clone()),
+            memory_bytes: 0,
+            qemu_version: self.identity.version.clone(),
+        };
+        self.half.tell(event);
     }
 
     fn tidied(&mut self) {

@@ -632,7 +632,8 @@ impl Source {
     fn reply(&mut self, now: Now, tag: Tag, value: &Value) {
         match tag {
             Tag::Ask(question) => {
-                if self.identity.answer(question, value) {
+                let complete = self.identity.answer(question, value);
+                if complete {
                     self.identified(now);
                 }
             }
@@ -647,14 +648,7 @@ impl Source {
             }
             Tag::SetParameters if self.half.phase() == Phase::Preparing => {
                 self.half.enter(now, Phase::Prepared);
-                let event = Event::Prepared {
-                    vm: self.half.name.clone(),
-                    role: Role::Source,
-                    stream: None,
-                    memory_bytes: self.half.total_bytes,
-                    qemu_version: self.identity.version.clone(),
-                };
-                self.half.tell(event);
+                self.tell_prepared();
             }
             Tag::Poll => self.polled(now, value),
             Tag::Paused => self.paused(now, value),
@@ -682,6 +676,18 @@ impl Source {
             }
             _ => {}
         }
+    }
+
+    /// Says PREPARED, again if `prepare` is repeated.
+    pub fn tell_prepared(&mut self) {
+        let event = Event::Prepared {
+            vm: self.half.name.clone(),
+            role: Role::Source,
+            stream: None,
+            memory_bytes: self.half.total_bytes,
+            qemu_version: self.identity.version.clone(),
+        };
+        self.half.tell(event);
     }
 
     fn restored(&mut self) {

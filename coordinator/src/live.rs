@@ -3,15 +3,15 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use coordinator::engine::{Step, VmProgress};
-use coordinator::observer::{GroupName, Observer, Progress};
+use crate::engine::{Step, VmProgress};
+use crate::observer::{GroupName, Observer, Progress};
 use rate_limiter::{Bytes, BytesPerSecond};
 
 /// Without a terminal, VMs are reported this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Shows a move as it goes.
-pub(super) struct Live {
+pub struct Live {
     out: Box<dyn Write>,
     terminal: bool,
     drawn: usize,
@@ -19,9 +19,18 @@ pub(super) struct Live {
     next_plain: Duration,
 }
 
+impl std::fmt::Debug for Live {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Live")
+            .field("terminal", &self.terminal)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Live {
     /// Writes to standard output, or to standard error where that carries JSON.
-    pub(super) fn new(to_stderr: bool) -> Self {
+    #[must_use]
+    pub fn new(to_stderr: bool) -> Self {
         let (out, terminal): (Box<dyn Write>, bool) = if to_stderr {
             (Box::new(std::io::stderr()), std::io::stderr().is_terminal())
         } else {
@@ -60,7 +69,7 @@ impl Live {
     }
 
     /// Leaves the last state on the screen.
-    pub(super) fn finish(&mut self) {
+    pub fn finish(&mut self) {
         if self.terminal {
             self.wipe();
             self.draw();
@@ -178,7 +187,7 @@ fn plain(elapsed: Duration, vm: &VmProgress) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use coordinator::application::VmId;
+    use crate::application::VmId;
     use sidecar::protocol::types::Phase;
 
     #[test]

@@ -1,0 +1,79 @@
+//! The configuration files that a lab writes.
+
+use std::fmt::Write;
+
+use super::{Lab, LabError};
+use crate::qemu::Role;
+
+/// A string as TOML writes it.
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
+impl Lab {
+    /// The sidecar's configuration: every guest has a template on every host.
+    pub(super) fn sidecar_config(&self, host: &str) -> Result<String, LabError> {
+        let directory = self.host_directory(host);
+        let path = |name: &str| quoted(&directory.join(name).to_string_lossy());
+        let address = self.network.host(host)?.address();
+        let mut text = format!(
+            "version = 1\nhost = {}\nstate-dir = {}\nruntime-dir = {}\n\n[control]\nunix = {}\n\n\
+             [stream]\nlisten = \"{address}:4601\"\ninsecure = true\n",
+            quoted(host),
+            path("state"),
+            path("run"),
+            path("control.sock"),
+        );
+        for guest in &self.spec.guests {
+            let template = self.launch(&guest.name, host)?.template(Role::Incoming)?;
+            let words: Vec<String> = template.iter().map(|word| quoted(word)).collect();
+            let _ = write!(
+                text,
+                "\n[[vm]]\nname = {}\nincoming = [{}]\n",
+                quoted(&guest.name),
+                words.join(", ")
+            );
+        }
+        Ok(text)
+    }
+
+    /// The application file.
+    pub(super) fn application_text(&self, from: &str, to: &str) -> String {
+        let mut text = format!(
+            "version = 1\n\n[application]\nname = \"lab\"\nbandwidth = {}\n",
+            quoted(&format!("{}B/s", self.bandwidth().0))
+        );
+        for line in &self.spec.settings {
+            let _ = writeln!(text, "{line}");
+        }
+        for host in &self.spec.hosts {
+            let control = format!("unix:{}", self.control(host).display());
+            let _ = write!(
+                text,
+                "\n[[host]]\nname = {}\ncontrol = {}\n",
+                quoted(host),
+                quoted(&control)
+            );
+        }
+        for guest in &self.spec.guests {
+            let _ = write!(
+                text,
+                "\n[[vm]]\nname = {}\nuuid = \"{}\"\nfrom = {}\nto = {}\n",
+                quoted(&guest.name),
+                guest.uuid,
+                quoted(from),
+                quoted(to)
+            );
+        }
+        for (one, other, rate) in &self.spec.traffic {
+            let _ = write!(
+                text,
+                "\n[[traffic]]\nbetween = [{}, {}]\nrate = \"{}B/s\"\n",
+                quoted(one),
+                quoted(other),
+                rate.0
+            );
+        }
+        text
+    }
+}

@@ -1,0 +1,90 @@
+//! Watching a move from outside: what its guests saw, and whether every byte of RAM arrived.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{Lab, LabError};
+use crate::clock::Micros;
+use crate::guest::check;
+use crate::memory::{self, GuestRam};
+use crate::ticks::Record;
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What was found out about one guest's move.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Seen {
+    /// How long it stood still, by its own ticks, in seconds.
+    pub guest_downtime_s: Option<f64>,
+    /// Whether every page of its RAM holds what it must after the move.
+    pub memory_verified: bool,
+    /// It was never seen to run on both sides, nor to lose or repeat a tick.
+    pub continuous: bool,
+    /// What is wrong.
+    pub problem: Option<String>,
+}
+
+/// Stops a guest for a moment and checks all of its RAM against its own account of what it wrote:
+/// the order of its writes is fixed, so its counter says what every page must hold, and a page that
+/// a migration lost shows an older one.
+///
+/// # Errors
+/// A page does not hold what it must, or cannot be read.
+pub fn verify_stopped(lab: &Lab, guest: &str, host: &str) -> anyhow::Result<()> {
+    let spec = lab.guest(guest)?;
+    let mut monitor = lab.monitor(guest, host)?;
+    let ram = GuestRam::open(&mut monitor, spec.memory)?;
+    monitor.execute("stop", serde_json::json!({}), LIMIT)?;
+    let checked = check::check(&ram, &spec.params()?);
+    monitor.execute("cont", serde_json::json!({}), LIMIT)?;
+    checked?;
+    Ok(())
+}
+
+/// Compares the RAM of a guest that is paused on both sides, page by page, and with the guest's
+/// own account of what it wrote.
+///
+/// # Errors
+/// They differ, or one cannot be read.
+pub fn verify_paused(lab: &Lab, guest: &str, from: &str, to: &str) -> anyhow::Result<()> {
+    let spec = lab.guest(guest)?;
+    let source = GuestRam::open(&mut lab.monitor(guest, from)?, spec.memory)?;
+    let destination = GuestRam::open(&mut lab.monitor(guest, to)?, spec.memory)?;
+    if source.hash()? != destination.hash()? {
+        memory::compare_paused(&source, &destination)?;
+        anyhow::bail!("the hashes of {guest}'s RAM differ");
+    }
+    check::check(&destination, &spec.params()?)?;
+    Ok(())
+}
+
+/// What the ticks of a guest say of a move that began at `since`.
+pub fn read_ticks(lab: &Lab, guest: &str, since: Micros, seen: &mut Seen) {
+    let record: Record = lab.ticks.record_since(guest, since);
+    let switchovers = record.switchovers();
+    seen.guest_downtime_s = switchovers.last().map(|one| one.downtime.as_secs_f64());
+    let overlaps = record.overlaps();
+    let breaks = record.breaks();
+    seen.continuous = overlaps.is_empty() && breaks.is_empty();
+    if let Some(overlap) = overlaps.first() {
+        seen.problem = Some(format!(
+            "{guest} ran on {} and {}",
+            overlap.host, overlap.other
+        ));
+    } else if let Some(at) = breaks.first() {
+        let text = format!("{guest} went from tick {} to {}", at.expected, at.found);
+        seen.problem = Some(text);
+    }
+}
+
+/// Waits until every guest ticks on `host`.
+///
+/// # Errors
+/// One does not.
+pub fn wait_for_all(lab: &Lab, host: &str, limit: Duration) -> Result<(), LabError> {
+    for guest in &lab.spec.guests {
+        lab.ticks.wait_for_tick(&guest.name, host, limit)?;
+    }
+    Ok(())
+}
