@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod demo;
+pub mod faults;
 pub mod guest;
 pub mod lab;
 pub mod memory;
