@@ -234,6 +234,10 @@ impl<'a> Operator<'a> {
             .collect()
     }
 
+    fn is_register(&self, host: &str) -> bool {
+        self.app.host(self.app.register).name == host
+    }
+
     fn settle(&self, run: Uuid, open: &OpenRun, wish: &Wish, say: &mut dyn FnMut(&str)) -> Settled {
         let vms: Vec<String> = open.vms.iter().cloned().collect();
         let args = RunArgs {
@@ -249,12 +253,16 @@ impl<'a> Operator<'a> {
             Wish::Abort => notes = self.tell(&Command::Abort(args)),
             Wish::Settle => {}
             Wish::Fenced { host, value } => {
-                let value = match value {
+                // What a sidecar knows to be recorded stands.
+                let value = match open.decision.unwrap_or(*value) {
                     Decision::Commit => RecordValue::Commit,
                     Decision::Abort => RecordValue::Abort,
                 };
-                let fenced = host.clone();
-                notes = self.tell(&Command::Recover(RecoverArgs { run, value, fenced }));
+                notes = self.tell(&recover(run, value, host));
+                if self.is_register(host) && value == RecordValue::Abort {
+                    // Nobody can ask any more on which side a VM ends.
+                    notes.extend(self.tell(&recover(run, RecordValue::Source, host)));
+                }
             }
         }
         let end = Instant::now() + SETTLE_WITHIN;
@@ -285,6 +293,9 @@ impl<'a> Operator<'a> {
             if view.decision == Some(Decision::Commit) {
                 // Finishing forward is everyone's business.
                 self.tell(&Command::Commit(args));
+                if self.is_register(fenced) && open.vms.iter().all(|vm| view.resumed.contains(vm)) {
+                    self.tell(&recover(run, RecordValue::Destination, fenced));
+                }
                 let vms = view.running;
                 if !vms.is_empty() {
                     let (run, epoch) = (args.run, args.epoch);
@@ -296,6 +307,11 @@ impl<'a> Operator<'a> {
     }
 }
 
+fn recover(run: Uuid, value: RecordValue, fenced: &str) -> Command {
+    let fenced = fenced.to_owned();
+    Command::Recover(RecoverArgs { run, value, fenced })
+}
+
 /// A run as all hosts that answer see it now.
 #[derive(Debug, Default)]
 struct View {
@@ -305,6 +321,8 @@ struct View {
     decision: Option<Decision>,
     /// VMs whose destination runs.
     running: Vec<String>,
+    /// VMs whose destination runs, recorded or not.
+    resumed: Vec<String>,
     failed: bool,
     rolled_back: bool,
     committed: bool,
@@ -351,6 +369,10 @@ impl View {
                 let runs = half.role == Role::Destination && half.phase == Phase::Committed;
                 if runs {
                     view.running.push(half.vm.clone());
+                }
+                let continued = half.phase == Phase::Committing && half.resumed_at_us.is_some();
+                if runs || (half.role == Role::Destination && continued) {
+                    view.resumed.push(half.vm.clone());
                 }
             }
         }
