@@ -93,6 +93,8 @@ pub enum Place {
     Source,
     /// It runs at its destination, and only there.
     Destination,
+    /// On one side, whichever.
+    OneSide,
     /// On one side, the same for the whole group.
     Together,
     /// Its last complete copy died: it runs nowhere.
@@ -201,6 +203,10 @@ impl Cell {
             (Target::Register, _) if self.point < Point::Committing => same(P::Open, P::Together),
             (Target::SourceQemu, Fault::Kill) if early => one(P::Lost, P::Lost, P::Source),
             (Target::SourceQemu, _) if early => one(P::Open, P::Source, P::Source),
+            // Its sidecar proposes `abort` while the coordinator proposes `commit`.
+            (Target::DestinationQemu, Fault::Kill) if self.point == Point::Arrived => {
+                one(P::Source, P::Source, P::OneSide)
+            }
             (Target::DestinationQemu, Fault::Kill) if !early => {
                 one(P::Source, P::Source, P::Destination)
             }

@@ -3,9 +3,11 @@
 //!
 //! - [`cell`]: the cells, and what is expected of each.
 //! - [`play`]: one cell from beginning to end; [`steer`], [`log`] and [`aftermath`] serve it.
+//! - [`bad_days`]: what is wrong without anybody dying.
 //! - [`table`]: the result for people and programs.
 
 pub mod aftermath;
+pub mod bad_days;
 pub mod cell;
 pub mod log;
 pub mod play;
@@ -22,6 +24,7 @@ use clap::Args;
 
 use crate::qemu::{Accel, AccelChoice, accel};
 use crate::signals::Interrupt;
+use bad_days::BadDay;
 use cell::Cell;
 use play::{Row, play};
 
@@ -54,6 +57,8 @@ pub struct Pass {
     pub vms: usize,
     /// Its cells.
     pub rows: Vec<Row>,
+    /// Bad days: what was said, or what is wrong.
+    pub days: Vec<(BadDay, Result<String>)>,
 }
 
 /// Plays the table.
@@ -67,8 +72,12 @@ pub fn faults(options: &FaultOptions, interrupt: &Interrupt) -> Result<()> {
         .into_iter()
         .filter(|cell| cell.to_string().contains(&options.only))
         .collect();
+    let days: Vec<BadDay> = BadDay::ALL
+        .into_iter()
+        .filter(|day| format!("bad-day/{day}").contains(&options.only))
+        .collect();
     ensure!(
-        !cells.is_empty(),
+        !cells.is_empty() || !days.is_empty(),
         "no cell's name contains `{}`",
         options.only
     );
@@ -83,9 +92,27 @@ pub fn faults(options: &FaultOptions, interrupt: &Interrupt) -> Result<()> {
     let begun = Instant::now();
     let mut passes = Vec::new();
     for (accel, vms) in plan {
-        println!("{} cells, {vms} VMs, {accel}", cells.len());
-        let rows = play_all(&cells, accel, vms, options.jobs, interrupt);
-        passes.push(Pass { accel, vms, rows });
+        println!(
+            "{} cells and {} bad days, {vms} VMs, {accel}",
+            cells.len(),
+            days.len()
+        );
+        let rows = some_at_a_time(&cells, options.jobs, interrupt, |cell| {
+            let row = play(cell, accel, vms, interrupt);
+            println!("{}", table::line(&row));
+            row
+        });
+        let days = some_at_a_time(&days, options.jobs, interrupt, |day| {
+            let said = bad_days::play(day, accel, interrupt);
+            println!("{}", table::day_line(day, &said));
+            (day, said)
+        });
+        passes.push(Pass {
+            accel,
+            vms,
+            rows,
+            days,
+        });
         interrupt.check()?;
     }
     for pass in &passes {
@@ -100,41 +127,45 @@ pub fn faults(options: &FaultOptions, interrupt: &Interrupt) -> Result<()> {
     if let Some(path) = &options.json {
         table::write(path, &passes)?;
     }
-    let bad: usize = passes
-        .iter()
-        .flat_map(|pass| &pass.rows)
-        .filter(|row| !row.problems.is_empty())
-        .count();
+    let bad_cells = |pass: &Pass| {
+        let cells = pass.rows.iter().filter(|row| !row.problems.is_empty());
+        cells.count() + pass.days.iter().filter(|(_, said)| said.is_err()).count()
+    };
+    let bad: usize = passes.iter().map(bad_cells).sum();
     if bad > 0 {
         bail!("{bad} cells are not as they must be");
     }
     Ok(())
 }
 
-/// Plays cells, some at a time.
-fn play_all(cells: &[Cell], accel: Accel, vms: usize, jobs: u8, interrupt: &Interrupt) -> Vec<Row> {
-    let queue: Mutex<VecDeque<(usize, Cell)>> =
-        Mutex::new(cells.iter().copied().enumerate().collect());
-    let rows: Mutex<Vec<(usize, Row)>> = Mutex::new(Vec::new());
-    let lock = PoisonError::into_inner;
+/// Does `work` for every item on `jobs` threads; the results are in the items' order.
+fn some_at_a_time<T: Copy + Send + Sync, R: Send>(
+    items: &[T],
+    jobs: u8,
+    interrupt: &Interrupt,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let queue: Mutex<VecDeque<(usize, T)>> =
+        Mutex::new(items.iter().copied().enumerate().collect());
+    let results: Mutex<Vec<(usize, R)>> = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
                 loop {
-                    let next = queue.lock().unwrap_or_else(lock).pop_front();
-                    let Some((index, cell)) = next.filter(|_| interrupt.check().is_ok()) else {
+                    let mut waiting = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                    let next = waiting.pop_front();
+                    drop(waiting);
+                    let Some((index, item)) = next.filter(|_| interrupt.check().is_ok()) else {
                         return;
                     };
-                    let row = play(cell, accel, vms, interrupt);
-                    println!("{}", table::line(&row));
-                    rows.lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push((index, row));
+                    let result = work(item);
+                    let mut done = results.lock().unwrap_or_else(PoisonError::into_inner);
+                    done.push((index, result));
                 }
             });
         }
     });
-    let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
-    rows.sort_by_key(|(index, _)| *index);
-    rows.into_iter().map(|(_, row)| row).collect()
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
 }

@@ -431,6 +431,7 @@ impl Play {
             Place::Together => {
                 hosts.len() == 1 && hosts == self.runs_at(&self.lab.spec.guests[0].name)
             }
+            Place::OneSide => hosts.len() == 1,
             Place::Lost => hosts.is_empty(),
             Place::Open => hosts.len() <= 1,
         }

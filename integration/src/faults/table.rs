@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::Pass;
+use super::bad_days::BadDay;
 use super::cell::Point;
 use super::play::Row;
 
@@ -43,6 +44,15 @@ pub fn line(row: &Row) -> String {
         }
     }
     text
+}
+
+/// One bad day, as it ends.
+#[must_use]
+pub fn day_line(day: BadDay, said: &Result<String>) -> String {
+    match said {
+        Ok(said) => format!("ok  bad-day/{day:30} [{said:.150}]"),
+        Err(error) => format!("BAD bad-day/{day}\n{error:#}"),
+    }
 }
 
 /// The table: a row per fault and target, a column per phase; in each cell the outcome and the
@@ -110,7 +120,22 @@ pub fn write(path: &Path, passes: &[Pass]) -> Result<()> {
         .iter()
         .map(|pass| {
             let rows: Vec<Value> = pass.rows.iter().map(row_json).collect();
-            json!({ "accelerator": pass.accel.to_string(), "vms": pass.vms, "cells": rows })
+            let days: Vec<Value> = pass
+                .days
+                .iter()
+                .map(|(day, said)| match said {
+                    Ok(said) => json!({ "name": day.to_string(), "said": said }),
+                    Err(error) => {
+                        json!({ "name": day.to_string(), "problem": format!("{error:#}") })
+                    }
+                })
+                .collect();
+            json!({
+                "accelerator": pass.accel.to_string(),
+                "vms": pass.vms,
+                "cells": rows,
+                "bad_days": days,
+            })
         })
         .collect();
     let value = json!({ "schema_version": 1, "passes": list });
