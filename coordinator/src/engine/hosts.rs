@@ -296,7 +296,14 @@ impl GroupRun {
                 if now >= since + RECONNECT_WITHIN && !state.reported {
                     state.reported = true;
                     let name = self.host_name(host);
-                    self.host_failed(now, format!("the sidecar of {name} cannot be reached"));
+                    let text = format!("the sidecar of {name} cannot be reached");
+                    if host == self.spec.register && self.stage == Stage::Deciding {
+                        self.in_doubt(format!(
+                            "{text}, it keeps the register; the VMs stay paused"
+                        ));
+                    } else {
+                        self.host_failed(now, text);
+                    }
                 }
                 continue;
             }
