@@ -431,9 +431,9 @@ impl Play {
             Place::Together => {
                 hosts.len() == 1 && hosts == self.runs_at(&self.lab.spec.guests[0].name)
             }
+            Place::SourceOrPaused => hosts.is_empty() || hosts == [FROM],
             Place::OneSide => hosts.len() == 1,
-            Place::Lost => hosts.is_empty(),
-            Place::Open => hosts.len() <= 1,
+            Place::Lost | Place::Paused => hosts.is_empty(),
         }
     }
 
@@ -477,7 +477,7 @@ impl Play {
     fn alone(&self, row: &mut Row) -> Result<()> {
         let pair = self.expected.alone;
         let guests = &self.lab.spec.guests;
-        let known = |index: usize| self.expected_of(index, pair) != Place::Open;
+        let known = |index: usize| !self.expected_of(index, pair).is_open();
         let open = (0..guests.len()).any(|index| !known(index));
         let any_known = (0..guests.len()).any(known);
         loop {
@@ -506,6 +506,11 @@ impl Play {
                 break;
             }
             std::thread::sleep(LOOK_EVERY);
+        }
+        let says = |entry: &Entry| entry.trouble().is_some_and(|text| text.contains("doubt"));
+        if open && self.cell.target == Target::Register && !self.log.entries().iter().any(says) {
+            row.problems
+                .push("nobody says that the VMs are in doubt".into());
         }
         Ok(())
     }
@@ -676,7 +681,7 @@ fn outcome(places: &[(String, Option<String>)], alone: (Place, Place)) -> String
     };
     let mut words: Vec<&str> = places.iter().map(|(_, place)| word(place)).collect();
     words.dedup();
-    let doubt = alone.0 == Place::Open || alone.1 == Place::Open;
+    let doubt = alone.0.is_open() || alone.1.is_open();
     let doubt = if doubt { "open → " } else { "" };
     format!("{doubt}{}", words.join(" + "))
 }
