@@ -25,14 +25,14 @@ impl Lab {
             path("control.sock"),
         );
         for guest in &self.spec.guests {
+            let _ = write!(text, "\n[[vm]]\nname = {}\n", quoted(&guest.name));
+            if self.spec.adopting.iter().any(|adopting| adopting == host) {
+                text.push_str("adopt = true\n");
+                continue;
+            }
             let template = self.launch(&guest.name, host)?.template(Role::Incoming)?;
             let words: Vec<String> = template.iter().map(|word| quoted(word)).collect();
-            let _ = write!(
-                text,
-                "\n[[vm]]\nname = {}\nincoming = [{}]\n",
-                quoted(&guest.name),
-                words.join(", ")
-            );
+            let _ = writeln!(text, "incoming = [{}]", words.join(", "));
         }
         Ok(text)
     }

@@ -94,6 +94,8 @@ pub struct LabSpec {
     pub accel: Accel,
     /// Traffic between guests, for the communication impact.
     pub traffic: Vec<(String, String, BytesPerSecond)>,
+    /// Hosts that adopt incoming QEMUs that wait already, rather than start them.
+    pub adopting: Vec<String>,
     /// Lines for `[application]` beyond name and bandwidth, such as `max-downtime = "300ms"`.
     pub settings: Vec<String>,
 }
@@ -288,6 +290,23 @@ impl Lab {
         let Qemu { process, .. } = launch.start(Role::Boot, &qmp, &isolation)?;
         self.booted.insert(guest.name.clone(), process);
         Ok(())
+    }
+
+    /// Starts a QEMU on `host` that waits for a guest, to be adopted by the sidecar there.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_incoming(&self, guest: &str, host: &str) -> Result<Process, LabError> {
+        let log = self
+            .host_directory(host)
+            .join("run")
+            .join(format!("{guest}.log"));
+        let isolation = self.network.host(host)?.isolation(Some(log));
+        let qmp = self.qmp_path(guest, host);
+        let Qemu { process, .. } =
+            self.launch(guest, host)?
+                .start(Role::Incoming, &qmp, &isolation)?;
+        Ok(process)
     }
 
     fn launch(&self, guest: &str, host: &str) -> Result<&Launch, LabError> {

@@ -268,7 +268,6 @@ impl Daemon {
                 {
                     Err(CommandError::generic("the run is not over here"))
                 } else {
-                    self.runs.remove(&args.run);
                     Ok(Job::Forget(asker, args.run))
                 }
             }

@@ -31,6 +31,8 @@ const ANSWER: Duration = Duration::from_secs(2);
 const ARM_TIME: Duration = Duration::from_millis(200);
 /// QEMU pauses within this time after a release.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
+/// Stop-and-copy may take three times what is predicted, and so much more.
+const SWITCH_SLACK: Duration = Duration::from_secs(2);
 /// Effectively no limit; QEMU takes values below 10 B/s as none.
 const FULL_SPEED: u64 = 1 << 40;
 /// QEMU's largest downtime-limit, in ms: the acknowledgement alone decides.
@@ -135,6 +137,9 @@ pub struct Source {
     restoring: u8,
     settled: bool,
     hung: bool,
+    /// A guest that was paused before the move switches over without an acknowledgement, and
+    /// waits in pre-switchover: there is nothing to hold.
+    waits_paused: bool,
     reconnect_at: Option<Instant>,
 }
 
@@ -174,6 +179,7 @@ impl Source {
             restoring: 0,
             settled: false,
             hung: false,
+            waits_paused: false,
             reconnect_at: None,
         }
     }
@@ -341,6 +347,16 @@ impl Source {
                 }
                 self.half.put(Output::Listen);
             }
+            Some(AfterNote::Arm) if self.waits_paused => {
+                self.half.enter(now, Phase::Armed);
+                let vm = self.half.name.clone();
+                let remaining_bytes = self.last.map_or(0, |s| s.remaining_bytes);
+                self.half.tell(Event::Armed {
+                    vm,
+                    remaining_bytes,
+                    dirty_rate_bytes_per_s: 0,
+                });
+            }
             Some(AfterNote::Arm) => {
                 let parameters =
                     json!({ "max-bandwidth": FULL_SPEED, "downtime-limit": ANY_DOWNTIME_MS });
@@ -406,6 +422,10 @@ impl Source {
         if self.half.phase() != Phase::Armed || self.release_by.is_some() {
             return;
         }
+        if self.waits_paused {
+            self.half.enter(now, Phase::Held);
+            return;
+        }
         self.armed_at = None;
         self.next_armed = None;
         self.half.enter(now, Phase::Held);
@@ -420,7 +440,9 @@ impl Source {
 
     /// `release`: pauses the VM, still reversible.
     pub fn release(&mut self, now: Now) {
-        if self.half.phase() == Phase::Armed && self.release_by.is_none() {
+        if self.waits_paused && self.half.phase() == Phase::Armed {
+            self.send(now, Tag::Paused, "query-migrate", Value::Null);
+        } else if self.half.phase() == Phase::Armed && self.release_by.is_none() {
             self.release_by = Some(now.mono + RELEASE_DEADLINE);
             self.next_armed = None;
             self.half.put(Output::OpenAckGate);
@@ -453,7 +475,7 @@ impl Source {
         let downtime = copy
             .max(self.settings.max_downtime)
             .min(Duration::from_secs(60));
-        let by = now.mono + downtime * 3 + Duration::from_secs(1);
+        let by = now.mono + downtime * 3 + SWITCH_SLACK;
         self.switch_by = Some(by);
         self.next_poll = None;
         if let Some(qmp) = &mut self.qmp {
@@ -830,6 +852,11 @@ impl Source {
 
     fn migration_event(&mut self, now: Now, status: &str) {
         match status {
+            "pre-switchover" if !self.was_running && self.half.phase() == Phase::Precopy => {
+                self.waits_paused = true;
+                self.next_poll = None;
+                self.enter_hold(now, HoldReason::Converged);
+            }
             "pre-switchover" => {
                 self.release_by = None;
                 self.next_poll = None;
