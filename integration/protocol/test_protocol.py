@@ -466,6 +466,7 @@ class Starting(Case):
             "address": (text.replace("127.0.0.1:0", "nowhere"), "listen", True),
             "rate": (text + '[limits]\nlink = "fast"\n', "400Mbit/s", True),
             "version": (text.replace("version = 1", "version = 2"), "version", False),
+            "any address": (text.replace("127.0.0.1:0", "0.0.0.0:1"), "`stream.listen`", False),
             "twice": (text + name + name, "twice", False),
             "not deferred": (text + name + 'incoming = ["qemu", "{qmp}"]\n', "-incoming defer", False),
         }
