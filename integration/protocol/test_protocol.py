@@ -629,6 +629,10 @@ class Moving(Case):
         moved = await self.guest.look(self.b.runtime / "web.qmp")
         self.assertEqual((moved["status"], moved["uuid"]), ("running", self.guest.uuid))
         self.assertFalse([name for name, state in moved["capabilities"].items() if state and name != "events"])
+        (pid,) = self.processes_at(self.b.runtime / "web.qmp")
+        blocked = int(re.search(r"SigBlk:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.assertFalse(blocked >> (number - 1) & 1, "the guest cannot be ended by a signal")
         self.assertEqual(self.left_behind(self.a), set())
         self.assertEqual(self.left_behind(self.b, "web.qmp"), set())
         await self.forget()
