@@ -340,10 +340,12 @@ impl Run {
         self.asked = None;
         self.failing_since = None;
         self.in_doubt = false;
-        self.ask_at = now.mono;
+        let before = (self.group, self.sides.len());
         for (key, value) in records {
             self.learn(*key, *value);
         }
+        let news = before != (self.group, self.sides.len());
+        self.ask_at = if news { now.mono } else { now.mono + ASK_AGAIN };
     }
 
     /// The register could not be asked.
@@ -416,9 +418,6 @@ impl Run {
         self.wants_answer = ask.is_some();
         if let Some(ask) = ask.filter(|_| self.asked.is_none() && self.ask_at <= now.mono) {
             self.asked = Some(now.mono + ASK_DEADLINE);
-            if ask == Ask::Records {
-                self.ask_at = now.mono + ASK_AGAIN;
-            }
             outputs.push(RunOutput::Ask(ask));
         }
         self.finish_reports(now, &mut outputs);

@@ -23,6 +23,9 @@ pub(super) fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Smallest weight sent: everybody gets something. Weights are shares in percent.
+const MIN_WEIGHT: f64 = 0.01;
+
 impl GroupRun {
     /// Begins: both sides are prepared at once.
     pub fn begin(&mut self, now: Duration) {
@@ -184,7 +187,7 @@ impl GroupRun {
                     of_host += share;
                     let pace = PaceVm {
                         bytes_per_s: lift_limits.then_some(0),
-                        weight: Some(share.max(1.0).round()),
+                        weight: Some((share / whole.max(1.0) * 100.0).max(MIN_WEIGHT)),
                     };
                     vms.insert(vm.member.name.clone(), pace);
                 }

@@ -55,6 +55,8 @@ pub struct GroupRun {
     pub(super) all_held_at: Option<Duration>,
     pub(super) arm_attempts: u32,
     pub(super) best: Option<Duration>,
+    /// While armed: when the group was weighed last, and what was predicted then.
+    pub(super) weighed: Option<(Duration, Duration)>,
     pub(super) forced: bool,
     pub(super) hold_sent: bool,
     pub(super) throttle_step: usize,
@@ -98,6 +100,7 @@ impl GroupRun {
             all_held_at: None,
             arm_attempts: 0,
             best: None,
+            weighed: None,
             forced: false,
             hold_sent: false,
             throttle_step: 0,

@@ -17,6 +17,7 @@ pub(super) const HORIZON: Duration = Duration::from_secs(10);
 const THROTTLE_SETTLES: Duration = Duration::from_secs(4);
 const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
 const REPORT_WHILE_ARMED_MS: u64 = 50;
+const WEIGH_INTERVAL: Duration = Duration::from_millis(40);
 /// An armed QEMU that is not patched spins: not longer than this at a time.
 pub(super) const ARMED_AT_MOST: Duration = Duration::from_secs(1);
 
@@ -38,6 +39,7 @@ impl GroupRun {
             vm.armed = false;
         }
         self.best = None;
+        self.weighed = None;
         self.arm_attempts += 1;
         self.stage = Stage::Arming;
         self.stage_deadline = Some(now + ARM_WITHIN);
@@ -66,10 +68,27 @@ impl GroupRun {
         let last_chance = now >= since + ARMED_AT_MOST;
         let good_moment = last_chance || predicted.as_secs_f64() <= best.as_secs_f64() * 1.05;
         let forced = self.forced && predicted <= limits.hard_downtime && good_moment;
-        if predicted <= limits.max_downtime || (forced && now >= since + ARMED_AT_MOST / 2) {
+        let fits = predicted <= limits.max_downtime && !self.still_falls(now, since, predicted);
+        if fits || (forced && now >= since + ARMED_AT_MOST / 2) {
             self.release(now, predicted);
         } else if last_chance {
             self.disarm(now, best);
+        }
+    }
+
+    /// Whether waiting a little longer, at full speed, still shortens the downtime: compared with
+    /// the last moment, up to half of the time that the group may stay armed.
+    fn still_falls(&mut self, now: Duration, since: Duration, predicted: Duration) -> bool {
+        if predicted <= self.spec.limits.max_downtime / 20 || now >= since + ARMED_AT_MOST / 2 {
+            return false;
+        }
+        match self.weighed {
+            Some((at, _)) if now < at + WEIGH_INTERVAL => true,
+            before => {
+                self.weighed = Some((now, predicted));
+                before
+                    .is_none_or(|(_, before)| predicted.as_secs_f64() < 0.9 * before.as_secs_f64())
+            }
         }
     }
 

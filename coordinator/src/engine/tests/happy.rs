@@ -11,7 +11,7 @@ fn three_vms_move_together() {
     s.held();
     let took = s.took();
     assert_eq!(took.last(), Some(&(A, "arm")), "{took:?}");
-    s.armed(2 * MB);
+    s.steady(2 * MB);
     assert_eq!(s.took(), vec![(A, "release")]);
     s.stopped(3 * MB);
     assert_eq!(s.took(), vec![(A, "pace"), (A, "continue")]);
@@ -78,7 +78,21 @@ fn it_waits_for_a_moment_that_fits() {
     assert_eq!(s.took(), vec![(A, "disarm")]);
     s.pass(Duration::from_millis(500));
     assert_eq!(s.took(), vec![(A, "arm")]);
-    s.armed(10 * MB);
+    s.steady(10 * MB);
+    assert_eq!(s.took(), vec![(A, "release")]);
+}
+
+#[test]
+fn it_waits_while_the_downtime_still_falls() {
+    let mut s = Script::new(spec(&["web"], true));
+    s.up_to("held");
+    s.took();
+    for mb in [14, 10, 6, 4] {
+        s.armed(mb * MB);
+        s.pass(Duration::from_millis(50));
+        assert_eq!(s.took(), vec![], "{mb} MB");
+    }
+    s.armed(4 * MB);
     assert_eq!(s.took(), vec![(A, "release")]);
 }
 

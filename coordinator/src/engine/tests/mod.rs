@@ -197,6 +197,13 @@ impl Script {
         });
     }
 
+    /// Armed, and what remains does not fall any more: the moment of the release.
+    pub fn steady(&mut self, remaining_bytes: u64) {
+        self.armed(remaining_bytes);
+        self.pass(Duration::from_millis(50));
+        self.armed(remaining_bytes);
+    }
+
     pub fn stopped(&mut self, remaining_bytes: u64) {
         self.each(A, |vm| Event::Stopped {
             vm,
@@ -251,7 +258,7 @@ impl Script {
             ("preparing", &|_| {}),
             ("precopy", &Self::prepared),
             ("held", &Self::held),
-            ("stopping", &|s| s.armed(MB)),
+            ("stopping", &|s| s.steady(MB)),
             ("switching", &|s| s.stopped(MB)),
             ("deciding", &|s| {
                 s.arrived(Role::Source);

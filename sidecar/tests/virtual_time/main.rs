@@ -1,0 +1,628 @@
+//! Runs in virtual time: the real machines against a pretended QEMU and register. No sockets, no
+//! sleeps; time jumps to the next deadline.
+
+mod qemu;
+
+use std::time::{Duration, Instant};
+
+use qemu::{MIB, Qemu};
+use sidecar::migration::destination::{Destination, Place};
+use sidecar::migration::source::{Settings, Source};
+use sidecar::migration::{Now, Output};
+use sidecar::protocol::command::Termination;
+use sidecar::protocol::event::Event;
+use sidecar::protocol::types::{Decision, HoldReason, Phase, RecordKey, RecordValue, Side};
+use sidecar::run::{Ask, Run, RunOutput, VmHalf};
+use uuid::Uuid;
+
+const VM: Uuid = Uuid::from_u128(7);
+
+/// What the register does when it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Register {
+    Works,
+    Silent,
+}
+
+struct World {
+    now: Now,
+    run: Run,
+    qemu: Qemu,
+    events: Vec<Event>,
+    outputs: Vec<Output>,
+    register: Register,
+    group: Option<RecordValue>,
+    vm: Option<RecordValue>,
+    heard: bool,
+}
+
+fn settings(hold: bool) -> Settings {
+    Settings {
+        max_downtime: Duration::from_millis(300),
+        hold,
+        throttle: true,
+        multifd_channels: 0,
+        termination: Termination::default(),
+    }
+}
+
+impl World {
+    fn new(half: impl FnOnce(Now) -> VmHalf, status: &str) -> Self {
+        let now = Now {
+            mono: Instant::now(),
+            unix_us: 0,
+        };
+        let lease = Duration::from_secs(5);
+        let mut run = Run::new(now, Uuid::from_u128(1), 1, "unix:/r".into(), lease);
+        run.halves.push(half(now));
+        Self {
+            now,
+            run,
+            qemu: Qemu::new(VM, status),
+            events: Vec::new(),
+            outputs: Vec::new(),
+            register: Register::Works,
+            group: None,
+            vm: None,
+            heard: true,
+        }
+    }
+
+    fn source(hold: bool) -> Self {
+        let make =
+            |now| VmHalf::Source(Box::new(Source::new(now, "db".into(), VM, settings(hold))));
+        Self::new(make, "running")
+    }
+
+    fn destination() -> Self {
+        let place = Place {
+            machine: Some("pc-i440fx-10.0".into()),
+            stream_address: "10.0.0.2:4601".into(),
+            incoming_path: "/run/db.in".into(),
+            spawn: true,
+        };
+        let make = |now| {
+            VmHalf::Destination(Box::new(Destination::new(
+                now,
+                "db".into(),
+                VM,
+                settings(true),
+                place,
+            )))
+        };
+        Self::new(make, "inmigrate")
+    }
+
+    fn src(&mut self) -> &mut Source {
+        self.run.halves[0].source_mut().expect("a source")
+    }
+
+    fn dst(&mut self) -> &mut Destination {
+        self.run.halves[0].destination_mut().expect("a destination")
+    }
+
+    fn phase(&self) -> Phase {
+        self.run.halves[0].half().phase()
+    }
+
+    /// Lets everything happen that happens at this moment.
+    fn settle(&mut self) {
+        for _ in 0..50 {
+            if self.heard {
+                self.run.hear(self.now);
+            }
+            let outputs = self.run.reconcile(self.now);
+            let talked = self.talk();
+            if outputs.is_empty() && !talked {
+                return;
+            }
+            for output in outputs {
+                self.obey(output);
+            }
+        }
+        panic!("it never settles: {:?}", self.events.last());
+    }
+
+    fn talk(&mut self) -> bool {
+        let now = self.now;
+        macro_rules! talk {
+            ($half:expr) => {{
+                let half = $half;
+                let Some(qmp) = &mut half.qmp else {
+                    return false;
+                };
+                let written = qmp.output().to_vec();
+                qmp.written(written.len());
+                let said = self.qemu.talk(&written);
+                qmp.receive(&said);
+                let mut messages = Vec::new();
+                while let Ok(Some(message)) = qmp.poll(now.mono) {
+                    messages.push(message);
+                }
+                let any = !messages.is_empty() || !written.is_empty();
+                for message in messages {
+                    half.handle(now, message);
+                }
+                any
+            }};
+        }
+        match &mut self.run.halves[0] {
+            VmHalf::Source(source) => talk!(source),
+            VmHalf::Destination(destination) => talk!(destination),
+        }
+    }
+
+    fn obey(&mut self, output: RunOutput) {
+        let now = self.now;
+        match output {
+            RunOutput::Event(event) => self.events.push(event),
+            RunOutput::Ended => {}
+            RunOutput::Ask(ask) => self.ask(ask),
+            RunOutput::Half(_, output) => {
+                match &output {
+                    Output::Event(event) => self.events.push(event.clone()),
+                    Output::ConnectQmp => match &mut self.run.halves[0] {
+                        VmHalf::Source(source) => source.qmp_connected(now),
+                        VmHalf::Destination(destination) => destination.qmp_connected(now),
+                    },
+                    Output::Spawn => self.dst().spawned(now),
+                    Output::SaveNote => {
+                        if let Some(source) = self.run.halves[0].source_mut() {
+                            source.note_saved(now);
+                        }
+                    }
+                    Output::Listen => self.src().listening(now, "/run/db.out"),
+                    Output::CutStream => self.cut(),
+                    Output::Kill => self.run.halves[0].process_gone(now),
+                    Output::OpenAckGate | Output::Unpace => {}
+                }
+                self.outputs.push(output);
+            }
+        }
+    }
+
+    /// The stream is gone: QEMU fails back, unless it had completed.
+    fn cut(&mut self) {
+        if matches!(
+            self.qemu.migration.as_str(),
+            "active" | "pre-switchover" | "device"
+        ) && !self.qemu.hung
+        {
+            self.qemu.fails("failed");
+        }
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        if self.register == Register::Silent {
+            self.run.not_answered(self.now, "connection refused");
+            return;
+        }
+        let mut records = Vec::new();
+        match ask {
+            Ask::Decide(RecordKey::Group, value) => {
+                records.push((RecordKey::Group, *self.group.get_or_insert(value)));
+            }
+            Ask::Decide(key, value) => records.push((key, *self.vm.get_or_insert(value))),
+            Ask::Records => {
+                records.extend(self.group.map(|value| (RecordKey::Group, value)));
+                records.extend(self.vm.map(|value| (RecordKey::Vm(VM), value)));
+            }
+        }
+        self.run.answered(self.now, &records);
+    }
+
+    /// Lets `time` pass, deadline by deadline.
+    fn pass(&mut self, time: Duration) {
+        let end = self.now.mono + time;
+        self.settle();
+        while let Some(at) = self.run.deadline().filter(|at| *at <= end) {
+            let step = at.saturating_duration_since(self.now.mono);
+            self.advance(step.max(Duration::from_micros(1)));
+            self.settle();
+        }
+        self.advance(end.saturating_duration_since(self.now.mono));
+        self.settle();
+    }
+
+    fn advance(&mut self, step: Duration) {
+        self.now.mono += step;
+        self.now.unix_us += i64::try_from(step.as_micros()).expect("short");
+    }
+
+    fn has(&self, test: impl Fn(&Event) -> bool) -> bool {
+        self.events.iter().any(test)
+    }
+
+    fn count(&self, command: &str) -> usize {
+        self.qemu
+            .commands
+            .iter()
+            .filter(|name| *name == command)
+            .count()
+    }
+
+    /// Brings a source to this phase on the usual way.
+    fn up_to(&mut self, phase: Phase) {
+        self.pass(Duration::from_millis(50));
+        if phase == Phase::Prepared {
+            return;
+        }
+        let now = self.now;
+        self.src().start(now);
+        self.pass(Duration::from_millis(200));
+        if phase == Phase::Precopy {
+            return;
+        }
+        self.src().rate_bytes_per_s = 50 * MIB;
+        self.qemu.dirty_pages_per_s = 2560;
+        self.qemu.round(256 * MIB, 50 * MIB);
+        self.pass(Duration::from_millis(200));
+        self.qemu.round(50 * MIB, 5 * MIB);
+        self.pass(Duration::from_millis(200));
+        if phase == Phase::Held {
+            return;
+        }
+        let now = self.now;
+        self.src().arm(now);
+        self.pass(Duration::from_millis(300));
+        if phase == Phase::Armed {
+            return;
+        }
+        let now = self.now;
+        self.src().release(now);
+        self.settle();
+        assert!(self.outputs.contains(&Output::OpenAckGate));
+        self.qemu.pauses();
+        self.settle();
+        if phase == Phase::Stopped {
+            return;
+        }
+        let now = self.now;
+        self.src().proceed(now);
+        self.settle();
+        if phase == Phase::Switching {
+            return;
+        }
+        self.qemu.completes("postmigrate");
+        self.settle();
+    }
+}
+
+const WAY: [Phase; 7] = [
+    Phase::Prepared,
+    Phase::Precopy,
+    Phase::Held,
+    Phase::Armed,
+    Phase::Stopped,
+    Phase::Switching,
+    Phase::Arrived,
+];
+
+#[test]
+fn a_source_goes_the_whole_way() {
+    let mut world = World::source(true);
+    for phase in WAY {
+        let mut fresh = World::source(true);
+        fresh.up_to(phase);
+        assert_eq!(fresh.phase(), phase);
+    }
+    world.up_to(Phase::Arrived);
+    assert!(world.qemu.capabilities["switchover-ack"]);
+    assert!(world.qemu.capabilities["pause-before-switchover"]);
+    assert!(world.has(|e| matches!(
+        e,
+        Event::Held {
+            reason: HoldReason::Converged,
+            ..
+        }
+    )));
+    assert!(world.has(
+        |e| matches!(e, Event::Stopped { remaining_bytes, .. } if *remaining_bytes == 5 * MIB)
+    ));
+    world.run.learn(RecordKey::Group, RecordValue::Commit);
+    world.settle();
+    assert_eq!(
+        world.count("quit"),
+        0,
+        "its destination is not known to run yet"
+    );
+    world.run.finish(vec!["db".into()]);
+    world.settle();
+    assert_eq!(world.count("quit"), 1);
+    let now = world.now;
+    world.src().process_gone(now);
+    world.settle();
+    assert_eq!(world.phase(), Phase::Committed);
+    assert!(world.run.has_ended());
+}
+
+#[test]
+fn an_abort_in_any_phase_restores_everything() {
+    for phase in WAY {
+        let mut world = World::source(true);
+        let (capabilities, parameters) = (
+            world.qemu.capabilities.clone(),
+            world.qemu.parameters.clone(),
+        );
+        world.up_to(phase);
+        world.run.abort();
+        world.pass(Duration::from_secs(3));
+        assert_eq!(world.phase(), Phase::RolledBack, "{phase}");
+        assert_eq!(world.qemu.status, "running", "{phase}");
+        assert_eq!(world.qemu.capabilities, capabilities, "{phase}");
+        assert_eq!(world.qemu.parameters, parameters, "{phase}");
+        let asked = world.group.is_some();
+        assert_eq!(
+            asked,
+            phase == Phase::Arrived,
+            "{phase}: the register decides once arrived"
+        );
+        assert!(world.run.has_ended(), "{phase}");
+    }
+}
+
+#[test]
+fn a_silent_coordinator_never_leaves_a_vm_paused_while_the_register_answers() {
+    for phase in WAY {
+        let mut world = World::source(true);
+        world.up_to(phase);
+        world.heard = false;
+        world.pass(Duration::from_secs(4));
+        // Stop-and-copy has a deadline of its own, which comes first.
+        if phase != Phase::Switching {
+            let lost = world.has(|e| matches!(e, Event::CoordinatorLost { .. }));
+            assert!(lost, "{phase}");
+            assert_eq!(
+                world.phase(),
+                phase,
+                "nothing is done before the lease ends"
+            );
+        }
+        world.pass(Duration::from_secs(3));
+        assert_eq!(world.qemu.status, "running", "{phase}");
+        assert_eq!(world.phase(), Phase::RolledBack, "{phase}");
+    }
+}
+
+#[test]
+fn what_the_register_says_counts() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Arrived);
+    world.group = Some(RecordValue::Commit);
+    world.heard = false;
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.run.decision(), Some(Decision::Commit));
+    assert_eq!(world.count("cont"), 0);
+    assert_eq!(world.count("quit"), 0);
+    world.vm = Some(RecordValue::Destination);
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.count("quit"), 1);
+}
+
+#[test]
+fn without_a_register_it_stays_paused_and_in_doubt() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Arrived);
+    world.register = Register::Silent;
+    world.heard = false;
+    world.pass(Duration::from_secs(60));
+    assert_eq!(world.phase(), Phase::InDoubt);
+    assert!(world.run.is_in_doubt());
+    assert!(world.has(|e| matches!(e, Event::InDoubt { .. })));
+    assert_eq!(world.count("cont") + world.count("quit"), 0);
+    world.register = Register::Works;
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.phase(), Phase::RolledBack);
+    assert_eq!(world.qemu.status, "running");
+    assert_eq!(world.vm, Some(RecordValue::Source));
+}
+
+#[test]
+fn a_hanging_qemu_is_noticed_within_three_seconds() {
+    for phase in [Phase::Precopy, Phase::Held, Phase::Armed] {
+        let mut world = World::source(true);
+        world.up_to(phase);
+        world.qemu.hung = true;
+        world.outputs.clear();
+        world.pass(Duration::from_secs(3));
+        assert!(
+            world.has(|e| matches!(e, Event::Failed { lost: false, .. })),
+            "{phase}"
+        );
+        assert!(world.outputs.contains(&Output::CutStream), "{phase}");
+        assert_eq!(world.phase(), Phase::RollingBack);
+    }
+}
+
+#[test]
+fn a_dead_source_is_lost_or_runs_at_its_destination() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Held);
+    let now = world.now;
+    world.src().process_gone(now);
+    world.settle();
+    assert!(world.has(|e| matches!(e, Event::Failed { lost: true, .. })));
+    assert_eq!(world.phase(), Phase::Failed);
+    let mut world = World::source(true);
+    world.up_to(Phase::Arrived);
+    let now = world.now;
+    world.src().process_gone(now);
+    world.run.abort();
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.vm, Some(RecordValue::Destination));
+    assert!(world.has(|e| matches!(
+        e,
+        Event::Diverged {
+            side: Side::Destination,
+            ..
+        }
+    )));
+}
+
+#[test]
+fn a_held_vm_is_paced_near_its_dirty_rate() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Held);
+    world.qemu.remaining = MIB;
+    world.pass(Duration::from_secs(3));
+    let limit = world.qemu.parameters["max-bandwidth"]
+        .as_u64()
+        .expect("a number");
+    let dirty = 2560 * 4096;
+    assert!(limit.abs_diff(dirty) < dirty / 4, "{limit}");
+    let now = world.now;
+    world.src().arm(now);
+    world.pass(Duration::from_millis(300));
+    assert!(world.qemu.parameters["max-bandwidth"].as_u64() > Some(1 << 39));
+    let now = world.now;
+    world.src().disarm(now);
+    world.pass(Duration::from_millis(300));
+    assert_eq!(world.phase(), Phase::Held);
+    assert_eq!(world.qemu.parameters["downtime-limit"], 300);
+}
+
+#[test]
+fn without_hold_it_switches_over_by_itself() {
+    let mut world = World::source(false);
+    world.up_to(Phase::Precopy);
+    assert!(!world.qemu.capabilities["switchover-ack"]);
+    world.qemu.status = "finish-migrate".into();
+    world.qemu.event("STOP", serde_json::Value::Null);
+    world.qemu.migrates("device");
+    world.settle();
+    assert_eq!(world.phase(), Phase::Switching);
+    world.qemu.completes("postmigrate");
+    world.settle();
+    assert_eq!(world.phase(), Phase::Arrived);
+}
+
+#[test]
+fn a_throttle_is_set_and_taken_off() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Held);
+    for percent in [40, 0] {
+        let now = world.now;
+        world.src().throttle(now, percent).expect("allowed");
+        world.settle();
+        assert!(world.has(|e| matches!(e, Event::Throttled { percent: p, .. } if *p == percent)));
+    }
+    assert_eq!(world.qemu.parameters["max-cpu-throttle"], 1);
+}
+
+fn arrived() -> World {
+    let mut world = World::destination();
+    world.pass(Duration::from_millis(100));
+    assert_eq!(world.phase(), Phase::Prepared);
+    world.qemu.migrates("active");
+    world.settle();
+    world.qemu.completes("inmigrate");
+    world.settle();
+    world
+}
+
+#[test]
+fn a_destination_is_never_continued_while_it_loads() {
+    let mut world = arrived();
+    world.run.learn(RecordKey::Group, RecordValue::Commit);
+    world.pass(Duration::from_millis(20));
+    assert_eq!(world.count("cont"), 0, "it is still inmigrate");
+    world.qemu.status = "paused".into();
+    world.pass(Duration::from_millis(50));
+    assert_eq!(world.count("cont"), 1);
+    assert!(world.has(|e| matches!(
+        e,
+        Event::Committed {
+            resumed_at_us: Some(_),
+            ..
+        }
+    )));
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.vm, Some(RecordValue::Destination));
+    assert_eq!(world.phase(), Phase::Committed);
+    assert!(
+        !world.qemu.capabilities.values().any(|state| *state),
+        "capabilities as before"
+    );
+}
+
+#[test]
+fn a_loaded_destination_is_killed_only_when_its_source_has_it_back() {
+    let mut world = arrived();
+    world.qemu.status = "paused".into();
+    world.pass(Duration::from_millis(50));
+    assert_eq!(world.phase(), Phase::Arrived);
+    world.run.abort();
+    world.pass(Duration::from_secs(5));
+    assert_eq!(world.group, Some(RecordValue::Abort));
+    assert_eq!(world.count("quit"), 0);
+    world.vm = Some(RecordValue::Source);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.count("quit"), 1);
+    assert_eq!(world.phase(), Phase::RolledBack);
+}
+
+#[test]
+fn the_last_complete_copy_runs() {
+    let mut world = arrived();
+    world.qemu.status = "paused".into();
+    world.pass(Duration::from_millis(50));
+    world.run.abort();
+    world.pass(Duration::from_secs(1));
+    world.vm = Some(RecordValue::Destination);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.qemu.status, "running");
+    assert!(world.has(|e| matches!(
+        e,
+        Event::Diverged {
+            side: Side::Destination,
+            ..
+        }
+    )));
+}
+
+#[test]
+fn a_destination_that_dies_before_cont_gives_the_vm_back() {
+    let mut world = arrived();
+    world.qemu.status = "paused".into();
+    world.pass(Duration::from_millis(50));
+    let now = world.now;
+    world.dst().process_gone(now);
+    world.group = Some(RecordValue::Commit);
+    world.run.learn(RecordKey::Group, RecordValue::Commit);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.vm, Some(RecordValue::Source));
+    assert!(world.has(|e| matches!(
+        e,
+        Event::Diverged {
+            side: Side::Source,
+            ..
+        }
+    )));
+}
+
+fn without_ack(qemu: &mut Qemu) {
+    qemu.capabilities.remove("switchover-ack");
+}
+
+#[test]
+fn the_wrong_qemu_is_refused_in_one_line() {
+    type Spoil = fn(&mut Qemu);
+    let cases: [(Spoil, &str); 3] = [
+        (|qemu| qemu.uuid = Uuid::from_u128(8), "UUID"),
+        (|qemu| qemu.status = "shutdown".into(), "shutdown"),
+        (without_ack, "8.1"),
+    ];
+    for (spoil, word) in cases {
+        let mut world = World::source(true);
+        spoil(&mut world.qemu);
+        world.pass(Duration::from_millis(100));
+        let said = world.run.halves[0]
+            .half()
+            .error()
+            .unwrap_or_default()
+            .to_owned();
+        assert!(said.contains(word), "{word}: {said}");
+        assert_eq!(world.phase(), Phase::RolledBack);
+        assert_eq!(world.count("migrate-set-capabilities"), 0);
+    }
+}
