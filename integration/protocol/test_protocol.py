@@ -516,8 +516,8 @@ class Moving(Case):
         for _ in range(2):  # once more changes nothing
             await self.destination.execute("prepare", role="destination", **common)
             await self.source.execute("prepare", role="source", **common)
-        alive = asyncio.create_task(self.keep_alive())
-        self.addCleanup(alive.cancel)
+        self.alive = asyncio.create_task(self.keep_alive())
+        self.addCleanup(self.alive.cancel)
         prepared = (await self.source.wait_for("PREPARED", role="source", vm="web"))["data"]
         self.assertEqual(prepared["memory_bytes"], 32 << 20)
         self.assertRegex(prepared["qemu_version"], r"^\d+\.\d+\.\d+$")
@@ -679,6 +679,33 @@ class Moving(Case):
         self.assertFalse(self.processes_at(self.b.runtime / "web.qmp"), "the destination's QEMU lives")
         self.assertEqual(self.left_behind(self.a), set())
         self.assertEqual(self.left_behind(self.b), set())
+        await self.forget()
+
+    async def test_a_source_dies_together_with_its_sidecar(self):
+        stream = await self.prepare()
+        await self.source.execute("start", **self.at(vms={"web": stream}))
+        for command, event in (
+            (None, "HELD"), ("arm", "ARMED"), ("release", "STOPPED"), ("continue", "ARRIVED"),
+        ):
+            if command:
+                await self.source.execute(command, **self.at())
+            await self.source.wait_for(event)
+        await self.destination.wait_for("ARRIVED")
+        self.alive.cancel()
+        await self.source.close()
+        await self.a.kill()
+        await self.guest.stop()
+        await self.destination.close()
+        self.assertTrue(self.processes_at(self.b.runtime / "web.qmp"), "the last copy is gone")
+        self.destination = await self.client(self.b.socket)
+        await self.a.start()
+        diverged = (await self.destination.wait_for("DIVERGED"))["data"]
+        self.assertEqual((diverged["vm"], diverged["side"]), ("web", "destination"))
+        await self.destination.wait_for("RUN_ENDED")
+        self.assertEqual((await self.guest.look(self.b.runtime / "web.qmp"))["status"], "running")
+        self.source = await self.client(self.a.socket)
+        records = {"group": "abort", f"vm-{self.guest.uuid}": "destination"}
+        self.assertEqual(await self.source.execute("query-decision", run=self.run_id), records)
         await self.forget()
 
     def end_guests(self):
