@@ -277,11 +277,15 @@ class Guest:
         self.monitor = Path(directory) / f"{name}.src"
         self.direct = Path(directory) / f"{name}.see"
         self.log = Path(directory) / f"{name}.log"
+        # Memory that does not shrink to nothing on the wire, as zero pages do.
+        self.contents = Path(directory) / f"{name}.ram"
+        self.contents.write_bytes(os.urandom(8 << 20))
         self.process = None
 
     def arguments(self):
         """What both ends have in common."""
-        return [QEMU, *self.ARGUMENTS, "-name", self.name, "-uuid", self.uuid]
+        contents = f"loader,file={self.contents},addr=0x1000000,force-raw=on"
+        return [QEMU, *self.ARGUMENTS, "-device", contents, "-name", self.name, "-uuid", self.uuid]
 
     def template(self):
         """A `[[vm]]` that can receive it."""

@@ -647,7 +647,8 @@ class Moving(Case):
         # So slow that only `hold` ends pre-copy.
         await self.source.execute("pace", **self.at(vms={"web": {"bytes_per_s": 20_000}}))
         await self.source.execute("start", **self.at(vms={"web": stream}))
-        await self.destination.wait_for("STATUS")
+        while (await self.source.execute("query-run", run=self.run_id))["phase"] != "precopy":
+            await self.source.wait_for("STATUS", after=len(self.source.events))
         await self.source.execute("hold", **self.at(vm="web"))
         held = (await self.source.wait_for("HELD", vm="web"))["data"]
         self.assertEqual(held["reason"], "asked")
