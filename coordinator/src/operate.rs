@@ -234,6 +234,25 @@ impl<'a> Operator<'a> {
             .collect()
     }
 
+    /// Tells halves that wait for the fenced host what the operator vouches for.
+    fn vouch_for_vms(&self, run: Uuid, fenced: &str, hosts: &[HostStatus]) {
+        let queries: Vec<(HostId, Command)> = waiting_halves(self.app, run, fenced, hosts)
+            .into_iter()
+            .filter_map(|(host, vm, value)| {
+                let (vm, fenced) = (Some(vm), fenced.to_owned());
+                let recover = RecoverArgs {
+                    run,
+                    vm,
+                    value,
+                    fenced,
+                };
+                Some((self.app.host_named(&host)?, Command::Recover(recover)))
+            })
+            .collect();
+        // What is refused shows in what is left.
+        let _ = self.client.ask(&queries, ANSWER_WITHIN);
+    }
+
     fn settle(&self, run: Uuid, open: &OpenRun, wish: &Wish, say: &mut dyn FnMut(&str)) -> Settled {
         let vms: Vec<String> = open.vms.iter().cloned().collect();
         let args = RunArgs {
@@ -254,7 +273,13 @@ impl<'a> Operator<'a> {
                     Decision::Abort => RecordValue::Abort,
                 };
                 let fenced = host.clone();
-                notes = self.tell(&Command::Recover(RecoverArgs { run, value, fenced }));
+                let vm = None;
+                notes = self.tell(&Command::Recover(RecoverArgs {
+                    run,
+                    vm,
+                    value,
+                    fenced,
+                }));
             }
         }
         let end = Instant::now() + SETTLE_WITHIN;
@@ -282,6 +307,9 @@ impl<'a> Operator<'a> {
                     notes,
                 };
             }
+            if let Wish::Fenced { host, .. } = wish {
+                self.vouch_for_vms(run, host, &hosts);
+            }
             if view.decision == Some(Decision::Commit) {
                 // Finishing forward is everyone's business.
                 self.tell(&Command::Commit(args));
@@ -294,6 +322,48 @@ impl<'a> Operator<'a> {
             std::thread::sleep(ASK_AGAIN);
         }
     }
+}
+
+/// What is to be vouched for a half that waits to hear of its VM's other half, which it cannot: `on`
+/// which host, and the side on which the VM ends.
+fn waiting_halves(
+    app: &Application,
+    run: Uuid,
+    fenced: &str,
+    hosts: &[HostStatus],
+) -> Vec<(String, Uuid, RecordValue)> {
+    let is_over = |host: &str, phase: &str| {
+        let known = hosts.iter().find(|known| known.host == host);
+        let summaries = known.and_then(|known| known.answer.as_ref().ok());
+        summaries.is_some_and(|status| {
+            status
+                .runs
+                .iter()
+                .any(|summary| summary.run == run && summary.phase == phase)
+        })
+    };
+    let mut found = Vec::new();
+    for host in hosts {
+        for half in &host.halves {
+            let Some(vm) = app.vms.iter().find(|vm| vm.name == half.vm) else {
+                continue;
+            };
+            let complete = matches!(
+                half.phase,
+                Phase::Arrived | Phase::InDoubt | Phase::Committing
+            );
+            let (from, to) = (&app.host(vm.from).name, &app.host(vm.to).name);
+            let side = match half.role {
+                // Its source is off, and this copy is complete: it is the last one.
+                Role::Destination if complete && from == fenced => RecordValue::Destination,
+                Role::Destination if is_over(from, "rolled-back") => RecordValue::Source,
+                Role::Source if complete && to == fenced => RecordValue::Source,
+                _ => continue,
+            };
+            found.push((host.host.clone(), half.uuid, side));
+        }
+    }
+    found
 }
 
 /// A run as all hosts that answer see it now.

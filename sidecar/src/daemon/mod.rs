@@ -87,6 +87,8 @@ pub struct Daemon {
     next_token: usize,
     slots: HashMap<Token, Slot>,
     clients: HashMap<usize, Client>,
+    /// Clients that may have more to say than they had their turn for.
+    eager_clients: Vec<usize>,
     runs: BTreeMap<Uuid, Entry>,
     channels: HashMap<usize, Channel>,
     busy: Vec<usize>,
@@ -172,6 +174,7 @@ impl Daemon {
             next_token: 2,
             slots: HashMap::from([(Token(1), Slot::Woken)]),
             clients: HashMap::new(),
+            eager_clients: Vec::new(),
             runs: BTreeMap::new(),
             channels: HashMap::new(),
             busy: Vec::new(),
@@ -251,6 +254,9 @@ impl Daemon {
         let mut events = Events::with_capacity(256);
         loop {
             let now = now();
+            for client in std::mem::take(&mut self.eager_clients) {
+                self.serve_client(now, client);
+            }
             self.do_due(now);
             self.reconcile(now);
             self.move_bytes(now);
@@ -504,7 +510,7 @@ impl Daemon {
     }
 
     fn timeout(&self, now: Now) -> Duration {
-        if !self.busy.is_empty() {
+        if !self.busy.is_empty() || !self.eager_clients.is_empty() {
             return Duration::ZERO;
         }
         let runs = self.runs.values().filter_map(|entry| entry.run.deadline());

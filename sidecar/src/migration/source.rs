@@ -290,6 +290,9 @@ impl Source {
         }
         if process_alive {
             self.reconnect_at = Some(now.mono + POLL * 2);
+        } else if self.adopting {
+            // It ended while nobody watched it.
+            self.process_gone(now);
         } else if self.half.phase() == Phase::Preparing {
             self.fail(error, false);
             self.state = SourceHalf::RunsAgain {
