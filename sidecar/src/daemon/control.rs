@@ -20,13 +20,13 @@ use crate::migration::Now;
 use crate::migration::destination::Destination;
 use crate::migration::source::{Settings, Source};
 use crate::protocol::codec::{
-    CommandError, Line, LineBuffer, MAX_LINE_BYTES, Request, answer_line, event_line,
-    greeting_line, read_request,
+    CommandError, MAX_LINE_BYTES, Request, answer_line, event_line, greeting_line, read_request,
 };
 use crate::protocol::command::{
     Command, DecideArgs, PrepareArgs, PrepareVm, RecoverArgs, StartArgs, VmArgs,
 };
 use crate::protocol::event::Envelope;
+use crate::protocol::lines::{Line, LineBuffer};
 use crate::protocol::types::{RecordKey, RecordValue, Role};
 use crate::relay::hello::Token as StreamToken;
 use crate::run::{Run, VmHalf};
