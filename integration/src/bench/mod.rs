@@ -99,6 +99,7 @@ impl Bench<'_> {
             accel: self.accel,
             traffic: Vec::new(),
             settings: Vec::new(),
+            adopting: Vec::new(),
         })
     }
 
