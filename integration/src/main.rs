@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use rate_limiter::BytesPerSecond;
+use testbed::bench::{self, BenchOptions};
 use testbed::clock::Micros;
 use testbed::demo::{self, DemoOptions};
 use testbed::guest::{GuestSpec, check};
@@ -43,6 +44,8 @@ enum Subcommands {
     },
     /// Moves three guests between two hosts under each policy and shows what each costs.
     Demo(DemoOptions),
+    /// Measures what Muster promises, in pairs, and says which bounds were kept.
+    Bench(BenchOptions),
     /// Joins two hosts by a link and measures what it carries each way.
     Link {
         /// The rate to which it is shaped.
@@ -74,6 +77,7 @@ fn run(command: Subcommands) -> Result<()> {
             seconds,
         } => show_guest(&guest, accel, seconds, &interrupt),
         Subcommands::Demo(options) => demo::demo(&options, &interrupt),
+        Subcommands::Bench(options) => bench::bench(&options, &interrupt),
         Subcommands::Link { rate, seconds } => show_link(rate, seconds, &interrupt),
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use coordinator::Application;
+
 use super::{Lab, LabError};
 use crate::qemu::Role;
 
@@ -37,8 +39,24 @@ impl Lab {
         Ok(text)
     }
 
+    /// The application of some guests, moving from one host to another.
+    ///
+    /// # Errors
+    /// The lab's settings are not valid, or it has no such guests.
+    pub fn application_of(
+        &self,
+        guests: &[&str],
+        from: &str,
+        to: &str,
+    ) -> Result<Application, LabError> {
+        let name = format!("{}.{from}-{to}.toml", guests.join("."));
+        let text = self.application_text(guests, from, to);
+        Ok(Application::parse(&text, &self.directory().join(name))?)
+    }
+
     /// The application file.
-    pub(super) fn application_text(&self, from: &str, to: &str) -> String {
+    pub(super) fn application_text(&self, guests: &[&str], from: &str, to: &str) -> String {
+        let chosen = |name: &str| guests.contains(&name);
         let mut text = format!(
             "version = 1\n\n[application]\nname = \"lab\"\nbandwidth = {}\n",
             quoted(&format!("{}B/s", self.bandwidth().0))
@@ -55,7 +73,7 @@ impl Lab {
                 quoted(&control)
             );
         }
-        for guest in &self.spec.guests {
+        for guest in self.spec.guests.iter().filter(|guest| chosen(&guest.name)) {
             let _ = write!(
                 text,
                 "\n[[vm]]\nname = {}\nuuid = \"{}\"\nfrom = {}\nto = {}\n",
@@ -66,6 +84,9 @@ impl Lab {
             );
         }
         for (one, other, rate) in &self.spec.traffic {
+            if !chosen(one) || !chosen(other) {
+                continue;
+            }
             let _ = write!(
                 text,
                 "\n[[traffic]]\nbetween = [{}, {}]\nrate = \"{}B/s\"\n",

@@ -309,7 +309,7 @@ impl Lab {
         Ok(process)
     }
 
-    fn launch(&self, guest: &str, host: &str) -> Result<&Launch, LabError> {
+    pub(crate) fn launch(&self, guest: &str, host: &str) -> Result<&Launch, LabError> {
         let key = (guest.to_owned(), host.to_owned());
         self.launches.get(&key).ok_or_else(|| LabError::Missing {
             program: format!("guest {guest}"),
@@ -364,9 +364,12 @@ impl Lab {
     /// It cannot be written.
     pub fn application_file(&self, from: &str, to: &str) -> Result<PathBuf, LabError> {
         let path = self.directory.path().join(format!("{from}-{to}.toml"));
-        std::fs::write(&path, self.application_text(from, to)).map_err(|error| LabError::File {
-            path: path.clone(),
-            error,
+        let guests: Vec<&str> = self.spec.guests.iter().map(|g| g.name.as_str()).collect();
+        std::fs::write(&path, self.application_text(&guests, from, to)).map_err(|error| {
+            LabError::File {
+                path: path.clone(),
+                error,
+            }
         })?;
         Ok(path)
     }

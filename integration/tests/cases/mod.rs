@@ -1,5 +1,6 @@
 //! The cases, and what they share.
 
+mod benches;
 mod commands;
 mod groups;
 mod guests;
@@ -51,6 +52,7 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
         groups::given_up,
     ),
     ("a_hot_group_is_throttled_until_it_fits", groups::throttled),
+    ("every_benchmark_runs", benches::every_benchmark),
 ];
 
 pub const OTHER_CASES: &[(&str, OtherCase)] = &[

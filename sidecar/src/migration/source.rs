@@ -25,6 +25,8 @@ use crate::qmp::{QmpClient, QmpMessage};
 const POLL: Duration = Duration::from_millis(100);
 /// … while armed, and just after.
 const QUICK_POLL: Duration = Duration::from_millis(20);
+/// After the migration ended and the VM's run state does not tell it yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How long QEMU may take to answer anything but in stop-and-copy.
 const ANSWER: Duration = Duration::from_secs(2);
 /// After `arm`, QEMU sends at full speed for so long before what remains is reported.
@@ -123,6 +125,7 @@ pub struct Source {
     throttle_percent: u8,
     remaining_at_release: Option<u64>,
     next_poll: Option<Instant>,
+    look_at_end: Option<Instant>,
     pacer: Option<HoldPacer>,
     armed_at: Option<Instant>,
     next_armed: Option<Instant>,
@@ -165,6 +168,7 @@ impl Source {
             throttle_percent: 0,
             remaining_at_release: None,
             next_poll: None,
+            look_at_end: None,
             pacer: None,
             armed_at: None,
             next_armed: None,
@@ -686,7 +690,8 @@ impl Source {
             Tag::Cancel => self.send(now, Tag::Cancelled, "query-migrate", Value::Null),
             Tag::Cancelled => {
                 let status = value["status"].as_str().unwrap_or("none");
-                if matches!(status, "none" | "failed" | "cancelled") {
+                // `completed`: it came too late, and the register says on which side the VM ends.
+                if matches!(status, "none" | "failed" | "cancelled" | "completed") {
                     self.identity.migration = status.to_owned();
                     self.send(now, Tag::Ended, "query-status", Value::Null);
                 }
@@ -891,6 +896,10 @@ impl Source {
         match run_state {
             "postmigrate" if completed && !self.resuming => self.completed(now),
             "running" => self.runs_again(now),
+            // QEMU says `completed` a moment before it enters `postmigrate`.
+            "finish-migrate" if completed && !self.resuming => {
+                self.look_at_end = Some(now.mono + LOOK_AGAIN);
+            }
             _ if self.resuming || completed => {}
             "paused" if !self.was_running => self.runs_again(now),
             // Failed or cancelled, hence never complete, and left paused: it may go on.
@@ -994,6 +1003,7 @@ impl Source {
         [
             qmp,
             self.next_poll,
+            self.look_at_end,
             self.release_by,
             self.switch_by,
             self.reconnect_at,
@@ -1006,6 +1016,10 @@ impl Source {
 
     /// Does what is due.
     pub fn tick(&mut self, now: Now) {
+        if self.look_at_end.is_some_and(|at| at <= now.mono) {
+            self.look_at_end = None;
+            self.send(now, Tag::Ended, "query-status", Value::Null);
+        }
         if self.next_poll.is_some_and(|at| at <= now.mono) {
             let interval = if self.half.phase() == Phase::Armed {
                 QUICK_POLL

@@ -337,6 +337,32 @@ fn a_source_goes_the_whole_way() {
 }
 
 #[test]
+fn a_completion_that_is_told_before_the_run_state_follows_arrives() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Switching);
+    world.qemu.completes("finish-migrate");
+    world.pass(Duration::from_millis(20));
+    assert_eq!(world.phase(), Phase::Switching);
+    world.qemu.status = "postmigrate".into();
+    world.pass(Duration::from_millis(20));
+    assert_eq!(world.phase(), Phase::Arrived);
+}
+
+#[test]
+fn an_abort_that_comes_after_the_completion_resumes_the_source() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Switching);
+    // Its event was lost on the way.
+    world.qemu.status = "postmigrate".into();
+    world.qemu.migration = "completed".into();
+    world.run.learn(RecordKey::Group, RecordValue::Abort);
+    world.settle();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.phase(), Phase::RolledBack);
+    assert_eq!(world.qemu.status, "running");
+}
+
+#[test]
 fn an_abort_in_any_phase_restores_everything() {
     for phase in WAY {
         let mut world = World::source(true);
