@@ -268,7 +268,8 @@ impl<'a> Operator<'a> {
             Wish::Abort => notes = self.tell(&Command::Abort(args)),
             Wish::Settle => {}
             Wish::Fenced { host, value } => {
-                let value = match value {
+                // What a sidecar knows to be recorded stands.
+                let value = match open.decision.unwrap_or(*value) {
                     Decision::Commit => RecordValue::Commit,
                     Decision::Abort => RecordValue::Abort,
                 };
@@ -358,6 +359,7 @@ fn waiting_halves(
                 Role::Destination if complete && from == fenced => RecordValue::Destination,
                 Role::Destination if is_over(from, "rolled-back") => RecordValue::Source,
                 Role::Source if complete && to == fenced => RecordValue::Source,
+                Role::Source if is_over(to, "committed") => RecordValue::Destination,
                 _ => continue,
             };
             found.push((host.host.clone(), half.uuid, side));

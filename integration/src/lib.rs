@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod clock;
 pub mod demo;
+pub mod faults;
 pub mod guest;
 pub mod lab;
 pub mod memory;

@@ -1,5 +1,6 @@
 //! The testbed on the command line.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use rate_limiter::BytesPerSecond;
 use testbed::bench::{self, BenchOptions};
 use testbed::clock::Micros;
 use testbed::demo::{self, DemoOptions};
+use testbed::faults::{self, FaultOptions, steer};
 use testbed::guest::{GuestSpec, check};
 use testbed::memory::GuestRam;
 use testbed::net::{Network, throughput};
@@ -46,6 +48,16 @@ enum Subcommands {
     Demo(DemoOptions),
     /// Measures what Muster promises, in pairs, and says which bounds were kept.
     Bench(BenchOptions),
+    /// Plays the table of faults: signals to every process in every phase of a move.
+    Faults(FaultOptions),
+    /// The coordinator of a cell of that table.
+    #[command(hide = true)]
+    FaultsCoordinate {
+        /// The application file.
+        file: PathBuf,
+        /// Where the table listens.
+        socket: PathBuf,
+    },
     /// Joins two hosts by a link and measures what it carries each way.
     Link {
         /// The rate to which it is shaped.
@@ -78,6 +90,11 @@ fn run(command: Subcommands) -> Result<()> {
         } => show_guest(&guest, accel, seconds, &interrupt),
         Subcommands::Demo(options) => demo::demo(&options, &interrupt),
         Subcommands::Bench(options) => bench::bench(&options, &interrupt),
+        Subcommands::Faults(options) => faults::faults(&options, &interrupt),
+        Subcommands::FaultsCoordinate { file, socket } => {
+            // Its exit code is told over the socket.
+            steer::coordinate(&file, &socket).map(|_| ())
+        }
         Subcommands::Link { rate, seconds } => show_link(rate, seconds, &interrupt),
     }
 }

@@ -42,6 +42,8 @@ pub enum SourceHalf {
 /// What is known of the destination's QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DestinationHalf {
+    /// The sidecar was restarted and has not asked it yet: anything from loading to running.
+    Unknown,
     /// It has not received everything.
     Loading,
     /// The stream broke before it had everything.
@@ -158,10 +160,8 @@ pub fn source_next(half: SourceHalf, know: Knowledge) -> Next {
         S::Dead { was_released: true } => match (know.group, know.vm) {
             (Some(Decision::Commit), Some(Side::Source)) => Next::End(End::Lost),
             (Some(Decision::Commit), _) => Next::End(End::Committed),
-            (Some(Decision::Abort), Some(Side::Destination)) => {
-                Next::End(End::Diverged(Side::Destination))
-            }
-            (Some(Decision::Abort), Some(Side::Source)) => Next::End(End::Lost),
+            // Whether the other copy is whole, and runs, is the destination's to say.
+            (Some(Decision::Abort), Some(_)) => Next::End(End::Lost),
             (Some(Decision::Abort), None) => Next::Claim(Side::Destination),
             (None, _) if know.is_over() => Next::ProposeAbort,
             (None, _) => Next::AskAgain,
@@ -178,6 +178,7 @@ pub fn source_next(half: SourceHalf, know: Knowledge) -> Next {
 pub fn destination_next(half: DestinationHalf, know: Knowledge) -> Next {
     use DestinationHalf as D;
     match half {
+        D::Unknown => Next::Wait,
         D::Loading => match know.group {
             Some(Decision::Abort) => Next::Kill,
             None if know.wants_out => Next::Kill,

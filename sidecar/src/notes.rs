@@ -52,7 +52,7 @@ pub struct NoteVm {
     pub released: bool,
     /// Whether the guest ran before the move.
     pub was_running: bool,
-    /// Source: capabilities and parameters to put back.
+    /// Capabilities and parameters to put back.
     pub originals: Option<(Value, Value)>,
     /// The process, and its start time in clock ticks since boot (so that a reused number is not
     /// taken for it).
@@ -91,15 +91,19 @@ pub fn save(directory: &Path, note: &Note) -> io::Result<()> {
             ),
         )
     };
-    (|| {
+    let written = (|| {
         fs::create_dir_all(directory)?;
         let mut file = fs::File::create(&temporary)?;
         file.write_all(&serde_json::to_vec_pretty(note)?)?;
         file.sync_all()?;
         fs::rename(&temporary, &path)?;
         sync_directory(directory)
-    })()
-    .map_err(explain)
+    })();
+    if written.is_err() {
+        // Half of a note helps nobody.
+        let _ = fs::remove_file(&temporary);
+    }
+    written.map_err(explain)
 }
 
 /// Removes a note.
@@ -127,6 +131,10 @@ pub fn load(directory: &Path) -> io::Result<(Vec<Note>, Vec<String>)> {
     };
     for entry in entries {
         let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "new") {
+            // What a crash left of a note that was never renamed; it is written over otherwise.
+            let _ = fs::remove_file(&path);
+        }
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }

@@ -543,7 +543,8 @@ impl Run {
                     source.originals.clone(),
                 ),
                 VmHalf::Destination(destination) => {
-                    (Role::Destination, true, destination.was_running, None)
+                    let originals = destination.originals.clone();
+                    (Role::Destination, true, destination.was_running, originals)
                 }
             };
             NoteVm {

@@ -72,7 +72,7 @@ impl GroupRun {
                 self.weigh(now);
             }
             Stage::Armed { .. } => self.weigh(now),
-            Stage::Stopping if self.vms.iter().all(|vm| vm.stopped) => {
+            Stage::Stopping if self.vms.iter().all(|vm| vm.stopped) && self.register_present() => {
                 self.all_stopped(now);
             }
             Stage::Switching if self.vms.iter().all(super::halves::VmRun::arrived) => {

@@ -86,10 +86,14 @@ impl GroupRun {
             } => {
                 vm.half(role).prepared = true;
                 vm.half(role).phase.get_or_insert(Phase::Prepared);
-                vm.memory_bytes = vm.memory_bytes.max(*memory_bytes);
-                if role == Role::Destination {
-                    vm.stream.clone_from(stream);
+                match role {
+                    Role::Source => vm.memory_bytes = vm.memory_bytes.max(*memory_bytes),
+                    Role::Destination => {
+                        vm.destination_memory_bytes = *memory_bytes;
+                        vm.stream.clone_from(stream);
+                    }
                 }
+                self.compare_memory(now, index);
             }
             Event::Arrived { .. } => {
                 vm.half(role).arrived = true;
@@ -117,6 +121,15 @@ impl GroupRun {
             }
             Event::Failed { error, lost, .. } => {
                 vm.error.get_or_insert_with(|| error.clone());
+                if *lost && role == Role::Source && vm.source.arrived {
+                    // The other copy is whole, and the last one: there is no way but forward.
+                    vm.source.end = Some(End::Lost);
+                    let name = vm.member.name.clone();
+                    self.notice(format!(
+                        "{name}: {error}; its copy at the destination is whole"
+                    ));
+                    return;
+                }
                 vm.half(role).failed = true;
                 if *lost {
                     vm.half(role).end = Some(End::Lost);
@@ -125,6 +138,22 @@ impl GroupRun {
                 self.half_broke(now, index, role, error.clone());
             }
             _ => {}
+        }
+    }
+
+    /// QEMU would notice another size only in the stream.
+    fn compare_memory(&mut self, now: Duration, index: usize) {
+        let vm = &self.vms[index];
+        let (source, destination) = (vm.memory_bytes, vm.destination_memory_bytes);
+        if source > 0 && destination > 0 && source != destination {
+            let text = format!(
+                "{} has {} of memory, its QEMU at {} has {}: set `-m` in its template there",
+                vm.member.name,
+                rate_limiter::Bytes(source),
+                self.host_name(vm.member.to),
+                rate_limiter::Bytes(destination),
+            );
+            self.fail(now, text);
         }
     }
 

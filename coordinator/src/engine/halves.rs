@@ -55,6 +55,8 @@ pub(super) struct VmRun {
     pub round: u64,
     pub throttle_percent: u8,
     pub memory_bytes: u64,
+    /// As its QEMU at the destination has it; 0 while that is unknown.
+    pub destination_memory_bytes: u64,
     pub transferred_bytes: u64,
     pub hold_reason: Option<HoldReason>,
     pub held_at_us: Option<i64>,
@@ -114,6 +116,7 @@ impl VmRun {
             round: 0,
             throttle_percent: 0,
             memory_bytes: 0,
+            destination_memory_bytes: 0,
             transferred_bytes: 0,
             hold_reason: None,
             held_at_us: None,
@@ -136,7 +139,8 @@ impl VmRun {
 
     pub(super) fn arrived(&self) -> bool {
         let whole = |half: &Half| half.arrived && !half.failed && half.end.is_none();
-        whole(&self.source) && whole(&self.destination)
+        let source_lost = self.source.arrived && self.source.end == Some(End::Lost);
+        (whole(&self.source) || source_lost) && whole(&self.destination)
     }
 
     pub(super) fn ended(&self) -> bool {

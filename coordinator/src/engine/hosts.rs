@@ -27,6 +27,8 @@ pub(super) struct HostState {
     down_since: Option<Duration>,
     last_heard: Duration,
     next_keep_alive: Duration,
+    /// A word is waited for.
+    asked: bool,
     reported: bool,
     pub last_seq: Option<u64>,
 }
@@ -34,11 +36,17 @@ pub(super) struct HostState {
 impl HostState {
     pub(super) fn heard(&mut self, now: Duration) {
         self.last_heard = now;
+        self.asked = false;
         self.reported = false;
     }
 
     pub(super) fn is_up(&self) -> bool {
         self.down_since.is_none()
+    }
+
+    /// Connected, and has said something since it was last asked.
+    fn is_present(&self) -> bool {
+        self.is_up() && !self.asked
     }
 
     /// Connected, but not answering.
@@ -303,6 +311,30 @@ impl GroupRun {
             }
         }
         self.check_requests(now);
+    }
+
+    /// Asks every host for a word before VMs are paused, so that a group is not led to where only
+    /// the register can end it while the register, or a half, is away.
+    pub(super) fn ask_presence(&mut self, now: Duration) {
+        let hosts: Vec<HostId> = self.hosts.keys().copied().collect();
+        for host in hosts {
+            if let Some(state) = self.hosts.get_mut(&host) {
+                state.asked = true;
+                state.next_keep_alive = now;
+            }
+        }
+        self.check_hosts(now);
+    }
+
+    /// Whether every host has answered [`Self::ask_presence`].
+    pub(super) fn all_present(&self) -> bool {
+        self.hosts.values().all(HostState::is_present)
+    }
+
+    /// Whether the register's host has.
+    pub(super) fn register_present(&self) -> bool {
+        let state = self.hosts.get(&self.spec.register);
+        state.is_some_and(HostState::is_present)
     }
 
     fn check_requests(&mut self, now: Duration) {

@@ -47,6 +47,7 @@ impl GroupRun {
         for host in self.sources() {
             self.send(now, host, Command::Arm(args));
         }
+        self.ask_presence(now);
         self.report_every(now, REPORT_WHILE_ARMED_MS);
     }
 
@@ -69,7 +70,8 @@ impl GroupRun {
         let good_moment = last_chance || predicted.as_secs_f64() <= best.as_secs_f64() * 1.05;
         let forced = self.forced && predicted <= limits.hard_downtime && good_moment;
         let fits = predicted <= limits.max_downtime && !self.still_falls(now, since, predicted);
-        if fits || (forced && now >= since + ARMED_AT_MOST / 2) {
+        let may = fits || (forced && now >= since + ARMED_AT_MOST / 2);
+        if may && self.all_present() {
             self.release(now, predicted);
         } else if last_chance {
             self.disarm(now, best);
@@ -177,6 +179,7 @@ impl GroupRun {
         for host in self.sources() {
             self.send(now, host, Command::Release(args));
         }
+        self.ask_presence(now);
         self.step(Step::Released { predicted });
     }
 

@@ -237,10 +237,22 @@ impl Lab {
     /// # Errors
     /// It does not serve its control socket.
     pub fn start_sidecar(&mut self, host: &str) -> Result<(), LabError> {
-        self.sidecars.remove(host);
+        self.start_sidecar_with(host, |text| text)
+    }
+
+    /// The same with its configuration changed by `edit`.
+    ///
+    /// # Errors
+    /// It does not serve its control socket.
+    pub fn start_sidecar_with(
+        &mut self,
+        host: &str,
+        edit: impl FnOnce(String) -> String,
+    ) -> Result<(), LabError> {
+        self.stop_sidecar(host);
         let directory = self.host_directory(host);
         let config = directory.join("sidecar.toml");
-        let text = self.sidecar_config(host)?;
+        let text = edit(self.sidecar_config(host)?);
         std::fs::write(&config, text).map_err(|error| LabError::File {
             path: config.clone(),
             error,
@@ -263,6 +275,11 @@ impl Lab {
         }
         self.sidecars.insert(host.to_owned(), process);
         Ok(())
+    }
+
+    /// Kills the sidecar of a host, if it has one.
+    pub fn stop_sidecar(&mut self, host: &str) {
+        self.sidecars.remove(host);
     }
 
     /// The sidecar's process of a host.

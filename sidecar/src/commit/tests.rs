@@ -44,6 +44,8 @@ struct Sidecar {
     runs: [bool; VMS],
     wants_out: bool,
     lease_lost: bool,
+    /// Restarted, and these QEMUs were not asked yet.
+    unknown: [bool; VMS],
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -229,6 +231,17 @@ impl World {
         if self.destination.dead || vm.destination_ended {
             return vec![];
         }
+        if self.destination.unknown[index] {
+            let next = destination_next(D::Unknown, self.knowledge(index, &self.destination));
+            assert_eq!(
+                next,
+                Next::Wait,
+                "nothing is done to a QEMU that was not asked"
+            );
+            let mut asked = *self;
+            asked.destination.unknown[index] = false;
+            return vec![asked];
+        }
         if vm.destination == D::ContSent {
             return vec![self.with_vm(
                 index,
@@ -383,6 +396,7 @@ impl World {
             destination: Sidecar {
                 dead: true,
                 crashed_once: true,
+                unknown: [true; VMS],
                 ..Sidecar::default()
             },
             ..*self
@@ -540,6 +554,7 @@ impl World {
             };
             if sidecar.dead {
                 sidecar.dead = false;
+                sidecar.wants_out = true;
             }
             sidecar.lease_lost = true;
             worlds.push(world);
@@ -575,6 +590,7 @@ impl World {
         world.coordinator_dead = true;
         world.register_down = false;
         for sidecar in [&mut world.source, &mut world.destination] {
+            sidecar.wants_out |= sidecar.dead;
             sidecar.dead = false;
             sidecar.lease_lost = true;
         }

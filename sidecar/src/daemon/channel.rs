@@ -16,7 +16,7 @@ use crate::relay::hello::{Answer, HELLO_BYTES, Hello};
 use crate::relay::return_path::AckGate;
 
 /// A connection is made and answered within this time.
-const HELLO_DEADLINE: Duration = Duration::from_secs(3);
+const HELLO_DEADLINE: Duration = Duration::from_secs(2);
 /// Bytes that wait for so long without any being taken mean a dead peer.
 const STALL: Duration = Duration::from_millis(2500);
 /// What is moved in one go, so that the loop stays responsive.
@@ -276,7 +276,7 @@ impl Channel {
                 }
                 if *by <= now {
                     return Step::Broken(
-                        "the destination's sidecar did not answer within 3 s: is its stream \
+                        "the destination's sidecar did not answer within 2 s: is its stream \
                          address reachable from here?"
                             .into(),
                     );
@@ -316,7 +316,7 @@ impl Channel {
             }
             State::Greeted { hello, by } => {
                 if *by <= now {
-                    return Step::Broken("no hello within 3 s".into());
+                    return Step::Broken("no hello within 2 s".into());
                 }
                 let mut rest = [0; HELLO_BYTES];
                 let missing = HELLO_BYTES - hello.len();

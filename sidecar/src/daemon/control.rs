@@ -504,6 +504,7 @@ impl Daemon {
                 io: Vec::new(),
                 group,
                 owner: None,
+                notes: 0,
                 scheduled: Vec::new(),
             };
             self.runs.insert(args.run, entry);

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::channel::HalfKey;
 use super::net::{Moved, RateMeter, Socket, read_some, write_some};
-use super::process::Process;
+use super::process::{self, Process};
 use super::storage::{Asker, Job};
 use super::{Daemon, Entry, Slot, log};
 use crate::migration::Now;
@@ -59,6 +59,8 @@ pub struct HalfIo {
     pub rate_bytes_per_s: u64,
     /// Source: the acknowledgement may pass.
     pub gate_open: bool,
+    /// Number of the note that the half waits for.
+    pub note: Option<u64>,
 }
 
 impl HalfIo {
@@ -80,6 +82,7 @@ impl HalfIo {
             meter: RateMeter::default(),
             rate_bytes_per_s: 0,
             gate_open: false,
+            note: None,
         }
     }
 }
@@ -155,6 +158,10 @@ impl Daemon {
     }
 
     pub(super) fn spawn(&mut self, now: Now, key: HalfKey) {
+        let Some(entry) = self.runs.get(&key.0) else {
+            return;
+        };
+        let arguments = self.incoming_arguments(&entry.run.halves[key.1].half().name);
         let Some(entry) = self.runs.get_mut(&key.0) else {
             return;
         };
@@ -172,16 +179,6 @@ impl Daemon {
         }
         // What a killed QEMU left; its absence is as good.
         let _ = std::fs::remove_file(&io.qmp_path);
-        let template = self
-            .config
-            .vm(&name)
-            .map(|vm| vm.incoming.clone())
-            .unwrap_or_default();
-        let qmp = io.qmp_path.display().to_string();
-        let arguments = template
-            .iter()
-            .map(|argument| argument.replace("{qmp}", &qmp).replace("{name}", &name))
-            .collect();
         let log = self.config.runtime_dir.join(format!("{name}.log"));
         let job = Job::Spawn {
             run: key.0,
@@ -195,6 +192,16 @@ impl Daemon {
         let _ = now;
     }
 
+    /// How the incoming QEMU of this VM is started.
+    fn incoming_arguments(&self, name: &str) -> Vec<String> {
+        let qmp = self.config.qmp_path(name).display().to_string();
+        let template = self.config.vm(name).map_or(&[][..], |vm| &vm.incoming);
+        template
+            .iter()
+            .map(|argument| argument.replace("{qmp}", &qmp).replace("{name}", name))
+            .collect()
+    }
+
     pub(super) fn spawned(&mut self, now: Now, key: HalfKey, child: Result<Child, String>) {
         let process = child.and_then(|child| {
             Process::of_child(child).map_err(|error| format!("QEMU cannot be watched: {error}"))
@@ -205,10 +212,16 @@ impl Daemon {
             }
             return;
         };
+        let qmp_path = entry.io[key.1].qmp_path.clone();
         let Some(destination) = entry.run.halves[key.1].destination_mut() else {
             return;
         };
         match process {
+            Ok(process) if destination.half.phase().is_final() => {
+                // The run was given up while it was being started.
+                process.kill();
+                self.children.push((process, qmp_path));
+            }
             Ok(process) => {
                 destination.spawned(now);
                 self.watch_process(key, process);
@@ -252,6 +265,17 @@ impl Daemon {
             let _ = std::fs::remove_file(&io.incoming_path);
             entry.run.halves[key.1].process_gone(now);
         }
+    }
+
+    /// Takes note of QEMUs that have ended after their run.
+    pub(super) fn reap(&mut self) {
+        self.children.retain_mut(|(process, qmp_path)| {
+            let ended = process.has_ended();
+            if ended {
+                remove_if_unserved(qmp_path);
+            }
+            !ended
+        });
     }
 
     fn close_monitor(&mut self, key: HalfKey) {
@@ -376,10 +400,13 @@ impl Daemon {
                 let fd = process.fd.as_raw_fd();
                 let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
                 self.slots.remove(&token);
-                self.children.push(process);
+                let path = io.qmp_path.clone();
+                self.children.push((process, path));
             }
             if let Some(entry) = self.runs.get_mut(&run) {
-                let _ = std::fs::remove_file(&entry.io[half].incoming_path);
+                let io = &entry.io[half];
+                let _ = std::fs::remove_file(&io.incoming_path);
+                remove_if_unserved(&io.qmp_path);
                 if let Some(leaf) = entry.io[half].leaf.take() {
                     self.leaves.remove(&leaf);
                     self.pacing.remove_leaf(leaf);
@@ -428,14 +455,24 @@ impl Daemon {
         let mut processes = Vec::new();
         for vm in &note.vms {
             run.halves.push(adopt_half(now, vm, settings));
+            if vm.role == Role::Source {
+                // Where QEMU connected to the earlier life.
+                let _ = std::fs::remove_file(outgoing_path(&self.config.runtime_dir, &vm.vm));
+            }
             io.push(HalfIo::new(
                 vm.qmp.clone().into(),
                 self.incoming_path(&vm.vm),
                 StreamToken([0; 32]),
             ));
-            let process = vm
+            let known = vm
                 .process
-                .map(|(pid, started)| Process::watch_same(pid, started));
+                .and_then(|(pid, started)| Process::watch_same(pid, started).ok());
+            // It may have been started just before the earlier life ended.
+            let started = || match vm.role {
+                Role::Destination => process::find_by_arguments(&self.incoming_arguments(&vm.vm)),
+                Role::Source => None,
+            };
+            let process = known.or_else(|| started().and_then(|pid| Process::watch(pid).ok()));
             processes.push(process);
         }
         self.runs.insert(
@@ -445,11 +482,12 @@ impl Daemon {
                 io,
                 group,
                 owner: None,
+                notes: 0,
                 scheduled: Vec::new(),
             },
         );
         for (half, process) in processes.into_iter().enumerate() {
-            if let Some(Ok(process)) = process {
+            if let Some(process) = process {
                 self.watch_process((note.run, half), process);
             }
         }
@@ -536,6 +574,19 @@ impl Daemon {
     }
 }
 
+/// Where a source's QEMU connects with its stream.
+pub(super) fn outgoing_path(runtime_dir: &std::path::Path, vm: &str) -> PathBuf {
+    runtime_dir.join(format!("{vm}.out"))
+}
+
+/// Removes the socket of a QEMU that is gone.
+fn remove_if_unserved(path: &std::path::Path) {
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    if Socket::connect_unix(path).is_err_and(refused) {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 fn adopt_half(now: Now, vm: &NoteVm, settings: Settings) -> VmHalf {
     let name = vm.vm.clone();
     match vm.role {
@@ -554,6 +605,7 @@ fn adopt_half(now: Now, vm: &NoteVm, settings: Settings) -> VmHalf {
             vm.uuid,
             settings,
             vm.was_running,
+            vm.originals.clone(),
         ))),
     }
 }

@@ -72,6 +72,8 @@ struct Entry {
     io: Vec<HalfIo>,
     group: GroupId,
     owner: Option<usize>,
+    /// Notes written so far, or on their way.
+    notes: u64,
     scheduled: Vec<(Instant, crate::protocol::command::PaceArgs)>,
 }
 
@@ -101,7 +103,8 @@ pub struct Daemon {
     links: HashMap<Uuid, Link>,
     probes: HashMap<usize, Probe>,
     alarms: Vec<String>,
-    children: Vec<Process>,
+    /// QEMUs of runs that are over, with their monitors' paths.
+    children: Vec<(Process, std::path::PathBuf)>,
     measured_at: Option<Instant>,
     qemu_version: Arc<OnceLock<String>>,
     _lock: Flock<File>,
@@ -334,17 +337,20 @@ impl Daemon {
         match done {
             Done::Answer(asker, result) => self.answer(asker, &result),
             Done::Spawned(run, half, child) => self.spawned(now, (run, half), child),
-            Done::NoteSaved(run, saved) => {
+            Done::NoteSaved(run, number, saved) => {
                 let Some(entry) = self.runs.get_mut(&run) else {
                     return;
                 };
-                for half in &mut entry.run.halves {
+                for (half, io) in entry.run.halves.iter_mut().zip(&mut entry.io) {
                     match &saved {
-                        Ok(()) => {
+                        // An earlier note does not hold what this half waits for.
+                        Ok(()) if io.note.is_some_and(|wanted| wanted <= number) => {
+                            io.note = None;
                             if let Some(source) = half.source_mut() {
                                 source.note_saved(now);
                             }
                         }
+                        Ok(()) => {}
                         Err(error) => half.fail(error),
                     }
                 }
@@ -408,7 +414,12 @@ impl Daemon {
                     Output::CutStream => self.cut_stream(key),
                     Output::OpenAckGate => self.open_gate(key),
                     Output::Unpace => self.unpace(now, key),
-                    Output::SaveNote => self.save_note(run),
+                    Output::SaveNote => {
+                        let number = self.save_note(run);
+                        if let Some(entry) = self.runs.get_mut(&run) {
+                            entry.io[half].note = Some(number);
+                        }
+                    }
                 }
             }
         }
@@ -450,10 +461,13 @@ impl Daemon {
         }
     }
 
-    fn save_note(&mut self, run: Uuid) {
-        let Some(entry) = self.runs.get(&run) else {
-            return;
+    /// Has the run's note written as it is now; returns the note's number.
+    fn save_note(&mut self, run: Uuid) -> u64 {
+        let Some(entry) = self.runs.get_mut(&run) else {
+            return 0;
         };
+        entry.notes += 1;
+        let number = entry.notes;
         let note = entry.run.note(|half| {
             let io = &entry.io[half];
             let process = io
@@ -462,13 +476,14 @@ impl Daemon {
                 .map(|(_, process)| (process.pid, process.started));
             (io.qmp_path.display().to_string(), process)
         });
-        if let Err(error) = self.storage.submit(Job::SaveNote(Box::new(note))) {
+        if let Err(error) = self.storage.submit(Job::SaveNote(Box::new(note), number)) {
             if let Some(entry) = self.runs.get_mut(&run) {
                 for half in &mut entry.run.halves {
                     half.fail(&error);
                 }
             }
         }
+        number
     }
 
     fn ask_register(&mut self, now: Now, run: Uuid, ask: Ask) {

@@ -2,11 +2,13 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::sys;
 
@@ -80,26 +82,38 @@ impl Process {
     pub fn has_ended(&mut self) -> bool {
         match &mut self.child {
             Some(child) => !matches!(child.try_wait(), Ok(None)),
-            None => is_gone(self.pid, self.started),
+            None => is_readable(&self.fd),
         }
     }
 }
 
-fn stat_fields(pid: i32) -> Option<(String, u64)> {
+fn start_time(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let rest = stat.rsplit_once(')')?.1;
-    let mut fields = rest.split_ascii_whitespace();
-    let state = fields.next()?.to_owned();
-    let started = fields.nth(18)?.parse().ok()?;
-    Some((state, started))
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-fn start_time(pid: i32) -> Option<u64> {
-    stat_fields(pid).map(|(_, started)| started)
+/// A pidfd is when the last thread of its process has ended.
+fn is_readable(fd: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut polled, PollTimeout::ZERO), Ok(n) if n > 0)
 }
 
-fn is_gone(pid: i32, started: u64) -> bool {
-    stat_fields(pid).is_none_or(|(state, since)| since != started || state == "Z" || state == "X")
+/// The process that was started with exactly these arguments. A QEMU's are its own: the path of
+/// its monitor is among them.
+#[must_use]
+pub fn find_by_arguments(arguments: &[String]) -> Option<i32> {
+    let is_it = |pid: i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = line.strip_suffix(&[0]).unwrap_or(&line);
+        let words = line.split(|byte| *byte == 0);
+        words.eq(arguments.iter().map(String::as_bytes))
+    };
+    fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .find(|pid| is_it(*pid))
 }
 
 /// Starts an incoming QEMU in a process group of its own, so that what ends the sidecar does not

@@ -30,8 +30,8 @@ pub struct Asker {
 /// What is to be done.
 #[derive(Debug)]
 pub enum Job {
-    /// Write a run's note.
-    SaveNote(Box<Note>),
+    /// Write a run's note; its number among the notes of the run comes back.
+    SaveNote(Box<Note>, u64),
     /// Remove it.
     RemoveNote(Uuid),
     /// Record, or read what stands.
@@ -57,7 +57,7 @@ pub enum Job {
 #[derive(Debug)]
 pub enum Done {
     /// A note was written, or not.
-    NoteSaved(Uuid, Result<(), String>),
+    NoteSaved(Uuid, u64, Result<(), String>),
     /// An answer for a client.
     Answer(Asker, Result<Value, CommandError>),
     /// A program was started, or not.
@@ -156,9 +156,9 @@ pub fn read_records(value: &Value) -> Vec<(RecordKey, RecordValue)> {
 
 fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -> Option<Done> {
     Some(match job {
-        Job::SaveNote(note) => {
+        Job::SaveNote(note, number) => {
             let saved = notes::save(notes_dir, &note).map_err(|error| error.to_string());
-            Done::NoteSaved(note.run, saved)
+            Done::NoteSaved(note.run, number, saved)
         }
         Job::RemoveNote(run) => {
             if let Err(error) = notes::remove(notes_dir, run) {

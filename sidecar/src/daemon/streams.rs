@@ -9,6 +9,7 @@ use rate_limiter::{Bytes, BytesPerSecond, Poll};
 use uuid::Uuid;
 
 use super::channel::{Channel, End, HalfKey, Step};
+use super::halves;
 use super::net::Socket;
 use super::{Daemon, Slot, log};
 use crate::migration::Now;
@@ -31,10 +32,7 @@ impl Daemon {
             return;
         };
         let half = &mut entry.run.halves[key.1];
-        let path = self
-            .config
-            .runtime_dir
-            .join(format!("{}.out", half.half().name));
+        let path = halves::outgoing_path(&self.config.runtime_dir, &half.half().name);
         // What an earlier life left.
         let _ = std::fs::remove_file(&path);
         let bound = UnixListener::bind(&path).and_then(|mut listener| {
@@ -433,7 +431,7 @@ impl Daemon {
             return;
         }
         self.measured_at = Some(now.mono);
-        self.children.retain_mut(|child| !child.has_ended());
+        self.reap();
         for entry in self
             .runs
             .values_mut()

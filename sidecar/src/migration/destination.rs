@@ -92,7 +92,8 @@ pub struct Destination {
     kill_by: Option<Instant>,
     wants_out: bool,
     hung: bool,
-    originals: Option<(Value, Value)>,
+    /// What is put back once it runs: capabilities and parameters as found.
+    pub originals: Option<(Value, Value)>,
     tidying: u8,
 }
 
@@ -135,10 +136,13 @@ impl Destination {
         uuid: uuid::Uuid,
         settings: Settings,
         was_running: bool,
+        originals: Option<(Value, Value)>,
     ) -> Self {
         let mut this = Self::new(now, name, uuid, settings, Place::default());
         this.adopting = true;
+        this.state = DestinationHalf::Unknown;
         this.was_running = was_running;
+        this.originals = originals;
         this.wants_out = true;
         this
     }
@@ -209,7 +213,8 @@ impl Destination {
             return;
         }
         match self.connect_by {
-            Some(by) if by <= now.mono => {
+            // One that may hold the only running copy is asked for ever.
+            Some(by) if by <= now.mono && !self.adopting => {
                 self.connect_by = None;
                 self.fail(
                     format!("the incoming QEMU's monitor does not open: {error}"),
@@ -236,8 +241,8 @@ impl Destination {
         }
         let cont_sent = matches!(
             self.state,
-            DestinationHalf::ContSent | DestinationHalf::Running
-        ) || self.adopting;
+            DestinationHalf::ContSent | DestinationHalf::Running | DestinationHalf::Unknown
+        );
         if !matches!(
             self.state,
             DestinationHalf::Dead { .. } | DestinationHalf::Killed
@@ -396,7 +401,7 @@ impl Destination {
             vm: self.half.name.clone(),
             role: Role::Destination,
             stream: Some(self.place.stream_address.clone()),
-            memory_bytes: 0,
+            memory_bytes: self.half.total_bytes,
             qemu_version: self.identity.version.clone(),
         };
         self.half.tell(event);
@@ -464,6 +469,7 @@ impl Destination {
             identity.original_parameters(&self.parameters()),
         );
         self.originals = Some(back);
+        self.half.put(Output::SaveNote);
         self.send(
             now,
             Tag::SetCapabilities,
@@ -476,7 +482,7 @@ impl Destination {
         let completed = value["status"].as_str() == Some("completed");
         match (completed, self.identity.status.as_str()) {
             (true, "running") => self.runs(now),
-            (true, _) => self.loaded(now),
+            (true, _) => self.send(now, Tag::Loaded, "query-status", Value::Null),
             (false, _) => {
                 self.state = DestinationHalf::Broken;
                 self.half.enter(now, Phase::RollingBack);
@@ -507,7 +513,10 @@ impl Destination {
     }
 
     fn loaded(&mut self, now: Now) {
-        if self.state != DestinationHalf::Loading {
+        if !matches!(
+            self.state,
+            DestinationHalf::Loading | DestinationHalf::Unknown
+        ) {
             return;
         }
         self.state = DestinationHalf::Loaded;

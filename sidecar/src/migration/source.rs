@@ -98,6 +98,7 @@ pub enum Tag {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AfterNote {
+    Configure,
     Start,
     Arm,
 }
@@ -132,6 +133,7 @@ pub struct Source {
     release_by: Option<Instant>,
     switch_by: Option<Instant>,
     after_note: Option<AfterNote>,
+    capabilities: Value,
     note_released: bool,
     wants_out: bool,
     cancelling: bool,
@@ -175,6 +177,7 @@ impl Source {
             release_by: None,
             switch_by: None,
             after_note: None,
+            capabilities: Value::Null,
             note_released: false,
             wants_out: false,
             cancelling: false,
@@ -288,8 +291,12 @@ impl Source {
 
     /// The monitor could not be connected, or its connection ended.
     pub fn qmp_closed(&mut self, now: Now, error: &str, process_alive: bool) {
-        self.qmp = None;
+        let was_connected = self.qmp.take().is_some();
         if self.quitting.is_some() || self.half.phase().is_final() {
+            return;
+        }
+        if was_connected && !process_alive {
+            self.process_gone(now);
             return;
         }
         if process_alive {
@@ -327,11 +334,18 @@ impl Source {
                 | SourceHalf::Completed
                 | SourceHalf::RunsAgain { was_released: true }
         );
+        let completed = self.state == SourceHalf::Completed;
         self.state = SourceHalf::Dead { was_released };
         self.settled = true;
         self.half.put(Output::CutStream);
-        self.half.enter(now, Phase::RollingBack);
-        self.fail("the source's QEMU process ended unexpectedly", true);
+        let error = "the source's QEMU process ended unexpectedly";
+        if completed {
+            // The copy at the destination is whole: no reason of ours to propose `abort`.
+            self.half.fault(error, true);
+        } else {
+            self.half.enter(now, Phase::RollingBack);
+            self.fail(error, true);
+        }
     }
 
     /// `start`: begins pre-copy.
@@ -348,6 +362,15 @@ impl Source {
     /// The note is on disk, so that the step that waited for it may happen.
     pub fn note_saved(&mut self, now: Now) {
         match self.after_note.take() {
+            Some(AfterNote::Configure) => {
+                let capabilities = self.capabilities.take();
+                self.send(
+                    now,
+                    Tag::SetCapabilities,
+                    "migrate-set-capabilities",
+                    capabilities,
+                );
+            }
             Some(AfterNote::Start) => {
                 if !self.settings.hold {
                     self.state = SourceHalf::Released;
@@ -666,7 +689,8 @@ impl Source {
                     self.identified(now);
                 }
             }
-            Tag::SetCapabilities => {
+            // Put back already, if it is no longer preparing.
+            Tag::SetCapabilities if self.half.phase() == Phase::Preparing => {
                 let parameters = self.parameters();
                 self.send(
                     now,
@@ -795,12 +819,10 @@ impl Source {
             identity.original_parameters(&self.parameters()),
         );
         self.originals = Some(back);
-        self.send(
-            now,
-            Tag::SetCapabilities,
-            "migrate-set-capabilities",
-            capabilities,
-        );
+        // What was found is on disk before anything is changed.
+        self.capabilities = capabilities;
+        self.after_note = Some(AfterNote::Configure);
+        self.half.put(Output::SaveNote);
     }
 
     /// After a restart of the sidecar: what did the VM become meanwhile?
@@ -814,7 +836,8 @@ impl Source {
             "none" | "failed" | "cancelled" => {
                 self.send(now, Tag::Resume, "cont", Value::Null);
             }
-            _ => {}
+            // Its stream died with the earlier life. One that completes all the same says so.
+            _ => self.send(now, Tag::Cancel, "migrate_cancel", Value::Null),
         }
     }
 

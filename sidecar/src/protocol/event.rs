@@ -18,7 +18,7 @@ pub enum Event {
         role: Role,
         /// Destination: address for `start`.
         stream: Option<String>,
-        /// Guest RAM in bytes (source; 0 at the destination).
+        /// Guest RAM in bytes.
         memory_bytes: u64,
         /// QEMU's version.
         qemu_version: String,
