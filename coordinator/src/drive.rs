@@ -1,12 +1,14 @@
 //! Runs a move: connects the pure conductor with sockets, the clock, and the observer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sidecar::protocol::command::Command;
 use sidecar::protocol::command::RunArgs;
+use sidecar::protocol::event::Event;
+use uuid::Uuid;
 
 use crate::application::{Application, HostId, Policy};
 use crate::client::{Client, Message, Sender};
@@ -15,11 +17,13 @@ use crate::engine::{Output, Step};
 use crate::observer::{GroupName, Observer, Progress};
 use crate::policy::plan;
 use crate::preflight;
-use crate::report::MoveReport;
 use crate::report::assemble::{Times, assemble};
+use crate::report::{MoveReport, Outcome};
 
 /// The interrupt flag is looked at this often.
 const TICK: Duration = Duration::from_millis(50);
+/// The records of a finished run are removed within this time, or later by their sidecar.
+const FORGET_WITHIN: Duration = Duration::from_secs(5);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// How long an observer may block while keep-alives go on for it.
 const HEARTBEAT_AT_MOST: Duration = Duration::from_secs(60);
@@ -83,13 +87,12 @@ pub fn run(
         interrupts_seen: 0,
         next_progress: Duration::ZERO,
         times: Times::default(),
+        ended: HashSet::new(),
     };
     drive.run(&options.interrupt);
     drive.times.ended_at_us = unix_us();
-    let outcome = drive
-        .conductor
-        .outcome()
-        .unwrap_or(crate::report::Outcome::NeedsAttention);
+    drive.forget();
+    let outcome = drive.conductor.outcome().unwrap_or(Outcome::NeedsAttention);
     let mut report = assemble(app, policy, outcome, drive.conductor.started(), drive.times);
     report.notices.splice(0..0, verdict.notes);
     Ok(report)
@@ -118,6 +121,8 @@ struct Drive<'a, 'o> {
     interrupts_seen: u8,
     next_progress: Duration,
     times: Times,
+    /// Runs that are over on a host.
+    ended: HashSet<(HostId, Uuid)>,
 }
 
 impl Drive<'_, '_> {
@@ -161,11 +166,48 @@ impl Drive<'_, '_> {
         self.progress();
     }
 
+    /// Runs that ended cleanly on every host need their records no more. What cannot be reached
+    /// keeps them; its sidecar removes them after a while.
+    fn forget(&mut self) {
+        let by = Instant::now() + FORGET_WITHIN;
+        let clean: Vec<_> = self
+            .conductor
+            .started()
+            .iter()
+            .filter(|started| {
+                let outcome = started.group.outcome();
+                matches!(outcome, Some(Outcome::Committed | Outcome::RolledBack))
+            })
+            .map(|started| {
+                let spec = started.group.spec();
+                let hosts: Vec<_> = spec.members.iter().flat_map(|m| [m.from, m.to]).collect();
+                (spec.run, spec.epoch, spec.register, hosts)
+            })
+            .collect();
+        for (run, epoch, register, hosts) in clean {
+            let over = |ended: &HashSet<_>| hosts.iter().all(|host| ended.contains(&(*host, run)));
+            while !over(&self.ended) && Instant::now() < by {
+                if let Some((host, message)) = self.client.receive(TICK) {
+                    self.receive(host, message);
+                }
+            }
+            if over(&self.ended) {
+                let args = RunArgs { run, epoch };
+                // Refused or unreachable: as said above.
+                let left = by.saturating_duration_since(Instant::now()).max(TICK);
+                let _ = self.client.ask(&[(register, Command::Forget(args))], left);
+            }
+        }
+    }
+
     fn receive(&mut self, host: HostId, message: Message) {
         match message {
             Message::Event(envelope) => {
                 let name = self.app.host(host).name.clone();
                 self.observe(|observer| observer.event(&name, &envelope));
+                if matches!(envelope.event, Event::RunEnded { .. }) {
+                    self.ended.insert((host, envelope.run));
+                }
                 self.conductor.handle_event(self.now(), host, &envelope);
             }
             Message::Answer { id, result } => {

@@ -234,8 +234,23 @@ impl<'a> Operator<'a> {
             .collect()
     }
 
-    fn is_register(&self, host: &str) -> bool {
-        self.app.host(self.app.register).name == host
+    /// Tells halves that wait for the fenced host what the operator vouches for.
+    fn vouch_for_vms(&self, run: Uuid, fenced: &str, hosts: &[HostStatus]) {
+        let queries: Vec<(HostId, Command)> = waiting_halves(self.app, run, fenced, hosts)
+            .into_iter()
+            .filter_map(|(host, vm, value)| {
+                let (vm, fenced) = (Some(vm), fenced.to_owned());
+                let recover = RecoverArgs {
+                    run,
+                    vm,
+                    value,
+                    fenced,
+                };
+                Some((self.app.host_named(&host)?, Command::Recover(recover)))
+            })
+            .collect();
+        // What is refused shows in what is left.
+        let _ = self.client.ask(&queries, ANSWER_WITHIN);
     }
 
     fn settle(&self, run: Uuid, open: &OpenRun, wish: &Wish, say: &mut dyn FnMut(&str)) -> Settled {
@@ -258,11 +273,14 @@ impl<'a> Operator<'a> {
                     Decision::Commit => RecordValue::Commit,
                     Decision::Abort => RecordValue::Abort,
                 };
-                notes = self.tell(&recover(run, value, host));
-                if self.is_register(host) && value == RecordValue::Abort {
-                    // Nobody can ask any more on which side a VM ends.
-                    notes.extend(self.tell(&recover(run, RecordValue::Source, host)));
-                }
+                let fenced = host.clone();
+                let vm = None;
+                notes = self.tell(&Command::Recover(RecoverArgs {
+                    run,
+                    vm,
+                    value,
+                    fenced,
+                }));
             }
         }
         let end = Instant::now() + SETTLE_WITHIN;
@@ -290,12 +308,12 @@ impl<'a> Operator<'a> {
                     notes,
                 };
             }
+            if let Wish::Fenced { host, .. } = wish {
+                self.vouch_for_vms(run, host, &hosts);
+            }
             if view.decision == Some(Decision::Commit) {
                 // Finishing forward is everyone's business.
                 self.tell(&Command::Commit(args));
-                if self.is_register(fenced) && open.vms.iter().all(|vm| view.resumed.contains(vm)) {
-                    self.tell(&recover(run, RecordValue::Destination, fenced));
-                }
                 let vms = view.running;
                 if !vms.is_empty() {
                     let (run, epoch) = (args.run, args.epoch);
@@ -307,9 +325,47 @@ impl<'a> Operator<'a> {
     }
 }
 
-fn recover(run: Uuid, value: RecordValue, fenced: &str) -> Command {
-    let fenced = fenced.to_owned();
-    Command::Recover(RecoverArgs { run, value, fenced })
+/// What is to be vouched for a half that waits to hear of its VM's other half, which it cannot: `on`
+/// which host, and the side on which the VM ends.
+fn waiting_halves(
+    app: &Application,
+    run: Uuid,
+    fenced: &str,
+    hosts: &[HostStatus],
+) -> Vec<(String, Uuid, RecordValue)> {
+    let is_over = |host: &str, phase: &str| {
+        let known = hosts.iter().find(|known| known.host == host);
+        let summaries = known.and_then(|known| known.answer.as_ref().ok());
+        summaries.is_some_and(|status| {
+            status
+                .runs
+                .iter()
+                .any(|summary| summary.run == run && summary.phase == phase)
+        })
+    };
+    let mut found = Vec::new();
+    for host in hosts {
+        for half in &host.halves {
+            let Some(vm) = app.vms.iter().find(|vm| vm.name == half.vm) else {
+                continue;
+            };
+            let complete = matches!(
+                half.phase,
+                Phase::Arrived | Phase::InDoubt | Phase::Committing
+            );
+            let (from, to) = (&app.host(vm.from).name, &app.host(vm.to).name);
+            let side = match half.role {
+                // Its source is off, and this copy is complete: it is the last one.
+                Role::Destination if complete && from == fenced => RecordValue::Destination,
+                Role::Destination if is_over(from, "rolled-back") => RecordValue::Source,
+                Role::Source if complete && to == fenced => RecordValue::Source,
+                Role::Source if is_over(to, "committed") => RecordValue::Destination,
+                _ => continue,
+            };
+            found.push((host.host.clone(), half.uuid, side));
+        }
+    }
+    found
 }
 
 /// A run as all hosts that answer see it now.
@@ -321,8 +377,6 @@ struct View {
     decision: Option<Decision>,
     /// VMs whose destination runs.
     running: Vec<String>,
-    /// VMs whose destination runs, recorded or not.
-    resumed: Vec<String>,
     failed: bool,
     rolled_back: bool,
     committed: bool,
@@ -369,10 +423,6 @@ impl View {
                 let runs = half.role == Role::Destination && half.phase == Phase::Committed;
                 if runs {
                     view.running.push(half.vm.clone());
-                }
-                let continued = half.phase == Phase::Committing && half.resumed_at_us.is_some();
-                if runs || (half.role == Role::Destination && continued) {
-                    view.resumed.push(half.vm.clone());
                 }
             }
         }

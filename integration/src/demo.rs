@@ -166,6 +166,7 @@ fn lab_spec(options: &DemoOptions, accel: Accel) -> Result<LabSpec> {
         link: options.link,
         accel,
         traffic,
+        adopting: Vec::new(),
         settings: vec![format!(
             "max-downtime = \"{}ms\"",
             options.max_downtime.as_millis()

@@ -3,6 +3,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod clock;
 pub mod demo;
 pub mod faults;

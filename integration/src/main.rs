@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use rate_limiter::BytesPerSecond;
+use testbed::bench::{self, BenchOptions};
 use testbed::clock::Micros;
 use testbed::demo::{self, DemoOptions};
 use testbed::faults::{self, FaultOptions, steer};
@@ -45,6 +46,8 @@ enum Subcommands {
     },
     /// Moves three guests between two hosts under each policy and shows what each costs.
     Demo(DemoOptions),
+    /// Measures what Muster promises, in pairs, and says which bounds were kept.
+    Bench(BenchOptions),
     /// Plays the table of faults: signals to every process in every phase of a move.
     Faults(FaultOptions),
     /// The coordinator of a cell of that table.
@@ -86,6 +89,7 @@ fn run(command: Subcommands) -> Result<()> {
             seconds,
         } => show_guest(&guest, accel, seconds, &interrupt),
         Subcommands::Demo(options) => demo::demo(&options, &interrupt),
+        Subcommands::Bench(options) => bench::bench(&options, &interrupt),
         Subcommands::Faults(options) => faults::faults(&options, &interrupt),
         Subcommands::FaultsCoordinate { file, socket } => {
             // Its exit code is told over the socket.

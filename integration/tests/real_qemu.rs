@@ -17,8 +17,14 @@ fn main() {
         .open("/dev/kvm")
         .err();
     let mut trials = Vec::new();
-    for (name, case) in cases::GUEST_CASES {
-        for accel in [Accel::Kvm, Accel::Tcg] {
+    let both = cases::GUEST_CASES
+        .iter()
+        .map(|case| (case, &[Accel::Kvm, Accel::Tcg][..]));
+    let kvm_only = cases::KVM_CASES
+        .iter()
+        .map(|case| (case, &[Accel::Kvm][..]));
+    for ((name, case), accels) in both.chain(kvm_only) {
+        for accel in accels.iter().copied() {
             let name = format!("{accel}::{name}");
             let skip = accel == Accel::Kvm && kvm_missing.is_some() && !accel::kvm_required();
             if let (true, Some(error)) = (skip, &kvm_missing) {
@@ -28,7 +34,7 @@ fn main() {
             trials.push(Trial::test(name, run).with_ignored_flag(skip));
         }
     }
-    for (name, case) in cases::OTHER_CASES {
+    for (name, case) in cases::OTHER_CASES.iter().chain(cases::COMMAND_CASES) {
         let run = move || case().map_err(|error| Failed::from(format!("{error:#}")));
         trials.push(Trial::test(*name, run));
     }

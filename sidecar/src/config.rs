@@ -194,6 +194,13 @@ impl Config {
                 self.stream.listen
             ));
         }
+        if self.stream.listen.ip().is_unspecified() {
+            problems.push(format!(
+                "`stream.listen` = {} is what other sidecars are told to connect to: name an \
+                 address of this host",
+                self.stream.listen
+            ));
+        }
         if self.control.unix.as_os_str().len() > MAX_SOCKET_PATH {
             problems.push(format!(
                 "`control.unix` is longer than {MAX_SOCKET_PATH} bytes"

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use crate::protocol::codec::{Line, LineBuffer};
+use crate::protocol::lines::{Line, LineBuffer};
 
 /// Longest line accepted from QEMU.
 const MAX_LINE_BYTES: usize = 8 << 20;

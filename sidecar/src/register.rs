@@ -10,6 +10,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -125,6 +126,26 @@ impl FileRegister {
         at(&directory, fs::create_dir_all(&directory))?;
         at(&directory, sync_directory(&directory))?;
         Ok(Self { directory })
+    }
+
+    /// Removes the records of runs that were last written to longer than `age` ago: their
+    /// coordinator died before it could say that they are needed no more.
+    ///
+    /// # Errors
+    /// The register cannot be listed.
+    pub fn expire(&mut self, age: Duration) -> Result<(), RegisterError> {
+        for entry in at(&self.directory, fs::read_dir(&self.directory))?.flatten() {
+            let written = entry.metadata().and_then(|metadata| metadata.modified());
+            let is_old = written.is_ok_and(|at| at.elapsed().is_ok_and(|elapsed| elapsed > age));
+            let run = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            if let (true, Some(run)) = (is_old, run) {
+                self.forget(run)?;
+            }
+        }
+        Ok(())
     }
 
     fn run_directory(&self, run: Uuid) -> PathBuf {
@@ -265,6 +286,11 @@ mod tests {
         open().forget(run).expect("forgets");
         assert_eq!(open().records(run).expect("reads"), []);
         open().forget(run).expect("is idempotent");
+        assert_eq!(decide(vm, RecordValue::Source), RecordValue::Source);
+        open().expire(Duration::from_secs(60)).expect("lists");
+        assert_eq!(open().records(run).expect("reads").len(), 1);
+        open().expire(Duration::ZERO).expect("lists");
+        assert_eq!(open().records(run).expect("reads"), []);
     }
 
     #[test]

@@ -206,7 +206,8 @@ pub struct Run {
     sides: BTreeMap<Uuid, Side>,
     seq: u64,
     next_report: Instant,
-    asked: Option<Instant>,
+    asked: Option<(Instant, Ask)>,
+    vouched: Vec<(RecordKey, RecordValue)>,
     ask_at: Instant,
     wants_answer: bool,
     failing_since: Option<Instant>,
@@ -238,6 +239,7 @@ impl Run {
             seq: 0,
             next_report: now.mono,
             asked: None,
+            vouched: Vec::new(),
             ask_at: now.mono,
             wants_answer: false,
             failing_since: None,
@@ -323,6 +325,20 @@ impl Run {
         }
     }
 
+    /// An operator vouches for a record: it is proposed to the register, and holds where that
+    /// cannot be asked. From then on this run's own proposals hold there as well.
+    pub fn vouch(&mut self, key: RecordKey, value: RecordValue) {
+        self.vouched.retain(|(known, _)| *known != key);
+        self.vouched.push((key, value));
+    }
+
+    fn knows(&self, key: RecordKey) -> bool {
+        match key {
+            RecordKey::Group => self.group.is_some(),
+            RecordKey::Vm(vm) => self.sides.contains_key(&vm),
+        }
+    }
+
     fn learn_group(&mut self, decision: Decision) {
         if self.group.is_none() {
             self.group = Some(decision);
@@ -350,7 +366,11 @@ impl Run {
 
     /// The register could not be asked.
     pub fn not_answered(&mut self, now: Now, error: &str) {
-        self.asked = None;
+        let asked = self.asked.take();
+        if let (Some((_, Ask::Decide(key, value))), false) = (asked, self.vouched.is_empty()) {
+            self.answered(now, &[(key, value)]);
+            return;
+        }
         self.ask_at = now.mono + ASK_AGAIN;
         let since = *self.failing_since.get_or_insert(now.mono);
         if self.in_doubt || now.mono.saturating_duration_since(since) < ASK_AGAIN {
@@ -384,7 +404,8 @@ impl Run {
     pub fn reconcile(&mut self, now: Now) -> Vec<RunOutput> {
         self.watch_lease(now);
         let mut outputs = Vec::new();
-        let mut ask = None;
+        let open = self.vouched.iter().find(|(key, _)| !self.knows(*key));
+        let mut ask = open.map(|(key, value)| Ask::Decide(*key, *value));
         for index in 0..self.halves.len() {
             let know = self.knowledge(self.halves[index].half());
             let half = &mut self.halves[index];
@@ -417,7 +438,7 @@ impl Run {
         }
         self.wants_answer = ask.is_some();
         if let Some(ask) = ask.filter(|_| self.asked.is_none() && self.ask_at <= now.mono) {
-            self.asked = Some(now.mono + ASK_DEADLINE);
+            self.asked = Some((now.mono + ASK_DEADLINE, ask));
             outputs.push(RunOutput::Ask(ask));
         }
         self.finish_reports(now, &mut outputs);
@@ -493,7 +514,7 @@ impl Run {
             self.heard + silence
         });
         let ask = match self.asked {
-            Some(by) => Some(by),
+            Some((by, _)) => Some(by),
             None => self.wants_answer.then_some(self.ask_at),
         };
         let halves = self.halves.iter().filter_map(VmHalf::deadline).min();
@@ -506,7 +527,7 @@ impl Run {
     /// Whether the register's answer is overdue.
     #[must_use]
     pub fn ask_is_overdue(&self, now: Now) -> bool {
-        self.asked.is_some_and(|by| by <= now.mono)
+        self.asked.is_some_and(|(by, _)| by <= now.mono)
     }
 
     /// The note of this run; `place` adds what the daemon knows of each half: monitor's path and

@@ -1,4 +1,5 @@
-//! The crate's only unsafe code: pidfd_open(2), which nix does not wrap, and adopting its result.
+//! The crate's only unsafe code: pidfds, which nix does not wrap, and the signal mask of programs that are
+//! started.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -40,4 +41,17 @@ pub fn pidfd_kill(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// Lets the program start with no signal blocked: the sidecar's own mask, which its children would
+/// inherit, keeps SIGTERM from them.
+pub fn unblock_signals(command: &mut std::process::Command) {
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    use std::os::unix::process::CommandExt;
+
+    let unblock =
+        || sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(Into::into);
+    // SAFETY: the closure runs in the forked child before exec. It allocates nothing, takes no
+    // lock, and makes one system call, sigprocmask, which is async-signal-safe.
+    unsafe { command.pre_exec(unblock) };
 }

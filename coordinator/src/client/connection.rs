@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender as Outbox;
 use sidecar::protocol::PROTOCOL_MAJOR;
-use sidecar::protocol::codec::{Line as TextLine, LineBuffer, ServerMessage, read_server_message};
+use sidecar::protocol::codec::{ServerMessage, read_server_message};
 use sidecar::protocol::command::{CapabilitiesArgs, Command};
+use sidecar::protocol::lines::{Line as TextLine, LineBuffer};
 
 use super::{ClientError, Message};
 use crate::application::{ControlAddress, HostId};

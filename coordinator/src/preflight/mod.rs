@@ -242,6 +242,12 @@ fn judge_vm(app: &Application, policy: Policy, facts: &Facts, id: VmId, verdict:
             vm.name, info.status
         ));
     }
+    if !info.kvm {
+        verdict.notes.push(format!(
+            "VM {} runs under TCG: QEMU {} can lose writes there when a guest dirties memory faster than it is sent; move only what can be lost",
+            vm.name, info.qemu_version
+        ));
+    }
     if plan(app, policy).hold && !info.can_hold {
         verdict.problems.push(format!(
             "VM {} at {from}: QEMU {} cannot be held (switchover-ack, QEMU 8.1 or newer); update it or use policy sequential or parallel",

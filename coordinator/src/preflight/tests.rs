@@ -53,6 +53,7 @@ fn vm(uuid: u128) -> VmInfo {
         memory_bytes: 256 << 20,
         machine: "pc-i440fx-10.0".into(),
         qemu_version: "10.0.2".into(),
+        kvm: true,
         can_hold: true,
     }
 }

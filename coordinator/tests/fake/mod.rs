@@ -10,10 +10,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use sidecar::protocol::codec::{
-    CommandError, Line, LineBuffer, answer_line, event_line, greeting_line, read_request,
+    CommandError, answer_line, event_line, greeting_line, read_request,
 };
 use sidecar::protocol::command::Command;
 use sidecar::protocol::event::{Envelope, Event};
+use sidecar::protocol::lines::{Line, LineBuffer};
 use sidecar::protocol::types::{HoldReason, Role};
 use tempfile::TempDir;
 use uuid::Uuid;

@@ -105,6 +105,7 @@ pub fn lab_spec(accel: Accel, vms: usize, register: Option<&str>) -> Result<LabS
         link: "400Mbit/s".parse().context("a rate")?,
         accel,
         traffic: Vec::new(),
+        adopting: Vec::new(),
         settings,
     })
 }

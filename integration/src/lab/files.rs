@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use coordinator::Application;
+
 use super::{Lab, LabError};
 use crate::qemu::Role;
 
@@ -25,20 +27,36 @@ impl Lab {
             path("control.sock"),
         );
         for guest in &self.spec.guests {
+            let _ = write!(text, "\n[[vm]]\nname = {}\n", quoted(&guest.name));
+            if self.spec.adopting.iter().any(|adopting| adopting == host) {
+                text.push_str("adopt = true\n");
+                continue;
+            }
             let template = self.launch(&guest.name, host)?.template(Role::Incoming)?;
             let words: Vec<String> = template.iter().map(|word| quoted(word)).collect();
-            let _ = write!(
-                text,
-                "\n[[vm]]\nname = {}\nincoming = [{}]\n",
-                quoted(&guest.name),
-                words.join(", ")
-            );
+            let _ = writeln!(text, "incoming = [{}]", words.join(", "));
         }
         Ok(text)
     }
 
+    /// The application of some guests, moving from one host to another.
+    ///
+    /// # Errors
+    /// The lab's settings are not valid, or it has no such guests.
+    pub fn application_of(
+        &self,
+        guests: &[&str],
+        from: &str,
+        to: &str,
+    ) -> Result<Application, LabError> {
+        let name = format!("{}.{from}-{to}.toml", guests.join("."));
+        let text = self.application_text(guests, from, to);
+        Ok(Application::parse(&text, &self.directory().join(name))?)
+    }
+
     /// The application file.
-    pub(super) fn application_text(&self, from: &str, to: &str) -> String {
+    pub(super) fn application_text(&self, guests: &[&str], from: &str, to: &str) -> String {
+        let chosen = |name: &str| guests.contains(&name);
         let mut text = format!(
             "version = 1\n\n[application]\nname = \"lab\"\nbandwidth = {}\n",
             quoted(&format!("{}B/s", self.bandwidth().0))
@@ -55,7 +73,7 @@ impl Lab {
                 quoted(&control)
             );
         }
-        for guest in &self.spec.guests {
+        for guest in self.spec.guests.iter().filter(|guest| chosen(&guest.name)) {
             let _ = write!(
                 text,
                 "\n[[vm]]\nname = {}\nuuid = \"{}\"\nfrom = {}\nto = {}\n",
@@ -66,6 +84,9 @@ impl Lab {
             );
         }
         for (one, other, rate) in &self.spec.traffic {
+            if !chosen(one) || !chosen(other) {
+                continue;
+            }
             let _ = write!(
                 text,
                 "\n[[traffic]]\nbetween = [{}, {}]\nrate = \"{}B/s\"\n",

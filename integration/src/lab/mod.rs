@@ -94,6 +94,8 @@ pub struct LabSpec {
     pub accel: Accel,
     /// Traffic between guests, for the communication impact.
     pub traffic: Vec<(String, String, BytesPerSecond)>,
+    /// Hosts that adopt incoming QEMUs that wait already, rather than start them.
+    pub adopting: Vec<String>,
     /// Lines for `[application]` beyond name and bandwidth, such as `max-downtime = "300ms"`.
     pub settings: Vec<String>,
 }
@@ -307,7 +309,24 @@ impl Lab {
         Ok(())
     }
 
-    fn launch(&self, guest: &str, host: &str) -> Result<&Launch, LabError> {
+    /// Starts a QEMU on `host` that waits for a guest, to be adopted by the sidecar there.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_incoming(&self, guest: &str, host: &str) -> Result<Process, LabError> {
+        let log = self
+            .host_directory(host)
+            .join("run")
+            .join(format!("{guest}.log"));
+        let isolation = self.network.host(host)?.isolation(Some(log));
+        let qmp = self.qmp_path(guest, host);
+        let Qemu { process, .. } =
+            self.launch(guest, host)?
+                .start(Role::Incoming, &qmp, &isolation)?;
+        Ok(process)
+    }
+
+    pub(crate) fn launch(&self, guest: &str, host: &str) -> Result<&Launch, LabError> {
         let key = (guest.to_owned(), host.to_owned());
         self.launches.get(&key).ok_or_else(|| LabError::Missing {
             program: format!("guest {guest}"),
@@ -362,9 +381,12 @@ impl Lab {
     /// It cannot be written.
     pub fn application_file(&self, from: &str, to: &str) -> Result<PathBuf, LabError> {
         let path = self.directory.path().join(format!("{from}-{to}.toml"));
-        std::fs::write(&path, self.application_text(from, to)).map_err(|error| LabError::File {
-            path: path.clone(),
-            error,
+        let guests: Vec<&str> = self.spec.guests.iter().map(|g| g.name.as_str()).collect();
+        std::fs::write(&path, self.application_text(&guests, from, to)).map_err(|error| {
+            LabError::File {
+                path: path.clone(),
+                error,
+            }
         })?;
         Ok(path)
     }

@@ -107,6 +107,17 @@ impl Link {
         self.shape(rate)
     }
 
+    /// Takes the token buckets away: it carries what the processors can.
+    ///
+    /// # Errors
+    /// If tc refuses.
+    pub fn unshape(&self) -> Result<(), NetError> {
+        for end in &self.ends {
+            end.replace_root(&["pfifo"])?;
+        }
+        Ok(())
+    }
+
     /// Cuts it.
     ///
     /// # Errors

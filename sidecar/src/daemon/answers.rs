@@ -1,5 +1,7 @@
 //! What queries return.
 
+use std::sync::LazyLock;
+
 use schemars::{JsonSchema, schema_for};
 use serde_json::{Value, json};
 
@@ -12,7 +14,7 @@ use crate::protocol::types::{HostInfo, VmEntry};
 impl Daemon {
     pub(super) fn query(&self, command: &c::Command) -> Result<Value, CommandError> {
         match command {
-            c::Command::QuerySchema => Ok(schema()),
+            c::Command::QuerySchema => Ok(SCHEMA.clone()),
             c::Command::QueryStatus => Ok(self.status()),
             c::Command::QueryHost => Ok(json!(self.host_info())),
             c::Command::QueryVms => Ok(json!(self.vm_entries())),
@@ -142,6 +144,8 @@ fn available_memory() -> Option<u64> {
 fn command<T: JsonSchema>(name: &str, oob: bool) -> Value {
     json!({ "name": name, "oob": oob, "arguments": schema_for!(T) })
 }
+
+static SCHEMA: LazyLock<Value> = LazyLock::new(schema);
 
 fn schema() -> Value {
     json!({

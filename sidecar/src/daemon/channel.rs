@@ -214,7 +214,7 @@ impl Channel {
         while moved < TURN_BYTES {
             let Some(qemu) = &mut self.qemu else { break };
             let mut idle = true;
-            if self.peer.readable && !self.to_qemu.has_ended() && !self.to_qemu.room().is_empty() {
+            if self.peer.readable && !self.to_qemu.has_ended() && self.to_qemu.free() > 0 {
                 match read_some(&mut self.peer.socket, self.to_qemu.room()) {
                     Moved::Bytes(n) => {
                         self.to_qemu.fill(n);
@@ -344,7 +344,7 @@ impl Channel {
         let Some(qemu) = &mut self.qemu else {
             return Step::Fine;
         };
-        while qemu.readable && !self.from_qemu.has_ended() && !self.from_qemu.room().is_empty() {
+        while qemu.readable && !self.from_qemu.has_ended() && self.from_qemu.free() > 0 {
             match read_some(&mut qemu.socket, self.from_qemu.room()) {
                 Moved::Bytes(n) => self.from_qemu.fill(n),
                 Moved::Blocked => qemu.readable = false,
@@ -363,7 +363,7 @@ impl Channel {
     /// Source: carries the return path through the gate.
     fn carry_back(&mut self) -> Step {
         let mut buffer = [0; 4096];
-        while self.peer.readable && !self.to_qemu.has_ended() && self.to_qemu.room().len() > 8192 {
+        while self.peer.readable && !self.to_qemu.has_ended() && self.to_qemu.free() > 8192 {
             match read_some(&mut self.peer.socket, &mut buffer) {
                 Moved::Bytes(n) => match &mut self.gate {
                     Some(gate) => {

@@ -20,13 +20,13 @@ use crate::migration::Now;
 use crate::migration::destination::Destination;
 use crate::migration::source::{Settings, Source};
 use crate::protocol::codec::{
-    CommandError, Line, LineBuffer, MAX_LINE_BYTES, Request, answer_line, event_line,
-    greeting_line, read_request,
+    CommandError, MAX_LINE_BYTES, Request, answer_line, event_line, greeting_line, read_request,
 };
 use crate::protocol::command::{
     Command, DecideArgs, PrepareArgs, PrepareVm, RecoverArgs, StartArgs, VmArgs,
 };
 use crate::protocol::event::Envelope;
+use crate::protocol::lines::{Line, LineBuffer};
 use crate::protocol::types::{RecordKey, RecordValue, Role};
 use crate::relay::hello::Token as StreamToken;
 use crate::run::{Run, VmHalf};
@@ -37,6 +37,12 @@ const MAX_UNREAD_BYTES: usize = 8 << 20;
 const MAX_CLIENTS: usize = 64;
 /// VMs in one command.
 const MAX_VMS: usize = 256;
+/// `pace` commands of a run that wait for their time.
+const MAX_SCHEDULED: usize = 256;
+/// How far ahead that time may be.
+const MAX_AHEAD: Duration = Duration::from_secs(86_400);
+/// Commands of one client, and reads from it, before others have their turn.
+const STEPS_PER_TURN: usize = 64;
 
 /// A client.
 #[derive(Debug)]
@@ -82,6 +88,27 @@ fn refuse<T>(text: impl Into<String>) -> Result<T, CommandError> {
     Err(CommandError::generic(text))
 }
 
+fn stale<T>(epoch: u64, newest: u64) -> Result<T, CommandError> {
+    refuse(format!(
+        "stale epoch {epoch}: epoch {newest} has taken over"
+    ))
+}
+
+/// A VM's name becomes part of paths.
+fn check_name(name: &str) -> Result<(), CommandError> {
+    if name.is_empty() || name.len() > 64 || name.contains(['/', '\0']) {
+        return refuse(format!("`{name}` is no name for a VM"));
+    }
+    Ok(())
+}
+
+fn is_register_address(address: &str) -> bool {
+    match address.strip_prefix("tcp:") {
+        Some(tcp) => tcp.parse::<std::net::SocketAddr>().is_ok(),
+        None => address.starts_with("unix:/"),
+    }
+}
+
 impl Daemon {
     pub(super) fn accept_clients(&mut self, slot: Slot) {
         loop {
@@ -119,29 +146,35 @@ impl Daemon {
 
     pub(super) fn serve_client(&mut self, now: Now, id: usize) {
         let mut buffer = [0; 16384];
-        loop {
-            let Some(client) = self.clients.get_mut(&id) else {
-                return;
+        let mut left = STEPS_PER_TURN;
+        let mut drained = false;
+        while left > 0 && !drained {
+            left -= self.serve_lines(now, id, left);
+            let Some(client) = self.clients.get_mut(&id).filter(|c| left > 0 && !c.closed) else {
+                break;
             };
+            left -= 1;
             match read_some(&mut client.socket, &mut buffer) {
                 Moved::Bytes(n) => client.lines.push(&buffer[..n]),
-                Moved::Blocked => break,
-                Moved::End | Moved::Broken(_) => {
-                    client.closed = true;
-                    break;
-                }
+                Moved::Blocked => drained = true,
+                Moved::End | Moved::Broken(_) => client.closed = true,
             }
-            self.serve_lines(now, id);
         }
-        self.serve_lines(now, id);
         self.flush_client(id);
-        if self.clients.get(&id).is_some_and(|client| client.closed) {
-            self.drop_client(id);
+        match self.clients.get(&id) {
+            Some(client) if client.closed => self.drop_client(id),
+            Some(_) if !drained => self.eager_clients.push(id),
+            _ => {}
         }
     }
 
-    fn serve_lines(&mut self, now: Now, id: usize) {
-        while let Some(line) = self.clients.get_mut(&id).and_then(|c| c.lines.next_line()) {
+    /// Obeys at most `limit` commands of a client; how many.
+    fn serve_lines(&mut self, now: Now, id: usize, limit: usize) -> usize {
+        for served in 0..limit {
+            let client = self.clients.get_mut(&id).filter(|c| !c.closed);
+            let Some(line) = client.and_then(|client| client.lines.next_line()) else {
+                return served;
+            };
             let request = match line {
                 Line::Whole(line) => read_request(&line),
                 Line::TooLong => {
@@ -162,6 +195,7 @@ impl Daemon {
                 self.answer(asker, &result);
             }
         }
+        limit
     }
 
     fn drop_client(&mut self, id: usize) {
@@ -207,6 +241,10 @@ impl Daemon {
         if let Some(client) = self.clients.get_mut(&asker.client) {
             client.output.extend(answer_line(asker.id.as_ref(), result));
             self.flush_client(asker.client);
+        }
+        // One that takes no answers gets no further turn of its own to be dropped in.
+        if self.clients.get(&asker.client).is_some_and(|c| c.closed) {
+            self.eager_clients.push(asker.client);
         }
     }
 
@@ -260,19 +298,15 @@ impl Daemon {
         let job = match command {
             Command::Decide(args) => self.decide_job(asker, args),
             Command::QueryDecision(args) => Ok(Job::Records(asker, args.run)),
-            Command::Forget(args) => {
-                if self
-                    .runs
-                    .get(&args.run)
-                    .is_some_and(|entry| !entry.run.has_ended())
-                {
-                    Err(CommandError::generic("the run is not over here"))
-                } else {
-                    self.runs.remove(&args.run);
-                    Ok(Job::Forget(asker, args.run))
-                }
-            }
+            Command::Forget(args) => match self.runs.get(&args.run) {
+                Some(entry) if !entry.run.has_ended() => refuse("the run is not over here"),
+                Some(entry) if args.epoch < entry.run.epoch => stale(args.epoch, entry.run.epoch),
+                _ => Ok(Job::Forget(asker, args.run)),
+            },
             Command::QueryVm(args) => {
+                if let Err(error) = check_name(&args.vm) {
+                    return Some(Err(error));
+                }
                 if let Some(run) = self.run_of(&args.vm) {
                     return Some(refuse(format!(
                         "VM `{}` is being moved in run {run}",
@@ -338,10 +372,7 @@ impl Daemon {
             ));
         };
         if epoch < entry.run.epoch {
-            let newest = entry.run.epoch;
-            return refuse(format!(
-                "stale epoch {epoch}: epoch {newest} has taken over"
-            ));
+            return stale(epoch, entry.run.epoch);
         }
         entry.run.epoch = epoch;
         entry.owner = Some(client);
@@ -360,8 +391,14 @@ impl Daemon {
             Command::Start(args) => self.start(now, &args),
             Command::Pace(args) => {
                 match args.at_ms.and_then(|at| instant_of(now, at)) {
+                    Some(at) if at > now.mono + MAX_AHEAD => {
+                        return refuse("`at_ms` (unix time) is more than a day ahead");
+                    }
                     Some(at) if at > now.mono => {
                         if let Some(entry) = self.runs.get_mut(&args.run) {
+                            if entry.scheduled.len() >= MAX_SCHEDULED {
+                                return refuse("too many `pace` commands wait for their time");
+                            }
                             entry.scheduled.push((at, args));
                         }
                     }
@@ -509,8 +546,8 @@ impl Daemon {
         if !(1..=2_000_000).contains(&args.max_downtime_ms) {
             return refuse("`max_downtime_ms` is 1 to 2000000");
         }
-        if !args.register.starts_with("unix:/") && !args.register.starts_with("tcp:") {
-            return refuse("`register` is unix:PATH or tcp:IP:PORT");
+        if !is_register_address(&args.register) {
+            return refuse("`register` is unix:/PATH or tcp:IP:PORT");
         }
         let termination = &args.termination;
         let sane = (0.0..1.0).contains(&termination.stall_epsilon)
@@ -529,8 +566,18 @@ impl Daemon {
                 return refuse(format!("VM `{}`: `token` is 64 hexadecimal digits", vm.vm));
             }
             let name = &vm.vm;
-            if name.is_empty() || name.len() > 64 || name.contains(['/', '\0']) {
-                return refuse(format!("`{name}` is no name for a VM"));
+            check_name(name)?;
+            let halves = self.runs.get(&args.run).map(|entry| &entry.run.halves);
+            let other_end = halves.into_iter().flatten().map(VmHalf::half);
+            if other_end
+                .filter(|half| half.name == *name)
+                .any(|half| half.role != args.role)
+            {
+                return refuse(format!(
+                    "VM `{name}` is in run {} here with another role: source and destination are \
+                     two hosts",
+                    args.run
+                ));
             }
             if let Some(run) = self.run_of(name).filter(|run| *run != args.run) {
                 return refuse(format!("VM `{name}` is being moved in run {run}"));
@@ -648,23 +695,27 @@ impl Daemon {
         ));
         match args.value {
             RecordValue::Commit | RecordValue::Abort => {
-                entry.run.learn(RecordKey::Group, args.value);
+                entry.run.vouch(RecordKey::Group, args.value);
             }
             RecordValue::Source | RecordValue::Destination => {
                 let vms: Vec<Uuid> = entry.run.halves.iter().map(|h| h.half().uuid).collect();
-                for vm in vms {
-                    entry.run.learn(RecordKey::Vm(vm), args.value);
+                for vm in vms
+                    .into_iter()
+                    .filter(|vm| args.vm.is_none_or(|only| only == *vm))
+                {
+                    entry.run.vouch(RecordKey::Vm(vm), args.value);
                 }
             }
         }
-        entry.run.abort();
         Ok(json!({}))
     }
 }
 
-/// The moment that a unix time in ms means on the monotonic clock.
+/// The moment that a unix time in ms means on the monotonic clock, `None` for one that is past. Of
+/// those beyond the clock's end it makes one beyond [`MAX_AHEAD`].
 fn instant_of(now: Now, at_ms: u64) -> Option<Instant> {
-    let at_us = i64::try_from(at_ms).ok()?.checked_mul(1000)?;
-    let ahead = u64::try_from(at_us.checked_sub(now.unix_us)?).ok()?;
-    now.mono.checked_add(Duration::from_micros(ahead))
+    let now_us = u64::try_from(now.unix_us).ok()?;
+    let ahead = at_ms.saturating_mul(1000).checked_sub(now_us)?;
+    let ahead = Duration::from_micros(ahead).min(MAX_AHEAD * 2);
+    Some(now.mono + ahead)
 }

@@ -674,6 +674,7 @@ impl Probe {
             memory_bytes: self.identity.memory_bytes,
             machine: self.identity.machine.clone(),
             qemu_version: self.identity.version.clone(),
+            kvm: self.identity.kvm,
             can_hold: self.identity.has_capability("switchover-ack"),
         }
     }

@@ -20,8 +20,10 @@ mod storage;
 mod streams;
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -29,6 +31,7 @@ use anyhow::Context;
 use mio::net::{TcpListener, UnixListener};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rate_limiter::{GroupId, Hierarchy, LeafId};
@@ -89,6 +92,8 @@ pub struct Daemon {
     next_token: usize,
     slots: HashMap<Token, Slot>,
     clients: HashMap<usize, Client>,
+    /// Clients that may have more to say than they had their turn for.
+    eager_clients: Vec<usize>,
     runs: BTreeMap<Uuid, Entry>,
     channels: HashMap<usize, Channel>,
     busy: Vec<usize>,
@@ -102,6 +107,7 @@ pub struct Daemon {
     children: Vec<(Process, std::path::PathBuf)>,
     measured_at: Option<Instant>,
     qemu_version: Arc<OnceLock<String>>,
+    _lock: Flock<File>,
 }
 
 /// Runs that are over are remembered so that they can be queried; the oldest go first.
@@ -117,6 +123,19 @@ fn now() -> Now {
         mono: Instant::now(),
         unix_us: i64::try_from(unix.as_micros()).unwrap_or(i64::MAX),
     }
+}
+
+/// Two sidecars in one state directory would settle each other's runs.
+fn lock_state(directory: &Path) -> anyhow::Result<Flock<File>> {
+    let path = directory.join("lock");
+    let file = File::create(&path)
+        .with_context(|| format!("the lock {} cannot be made", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        anyhow::anyhow!(
+            "another sidecar uses the state directory {}: {error}; give each its own `state-dir`",
+            directory.display()
+        )
+    })
 }
 
 fn log(text: &str) {
@@ -142,6 +161,7 @@ impl Daemon {
             std::fs::create_dir_all(directory)
                 .with_context(|| format!("the directory {} cannot be made", directory.display()))?;
         }
+        let lock = lock_state(&config.state_dir)?;
         let poll = Poll::new().context("epoll")?;
         let waker = Waker::new(poll.registry(), Token(1)).context("eventfd")?;
         let storage = Storage::start(&config.state_dir, waker)?;
@@ -175,6 +195,7 @@ impl Daemon {
             next_token: 2,
             slots: HashMap::from([(Token(1), Slot::Woken)]),
             clients: HashMap::new(),
+            eager_clients: Vec::new(),
             runs: BTreeMap::new(),
             channels: HashMap::new(),
             busy: Vec::new(),
@@ -187,6 +208,7 @@ impl Daemon {
             children: Vec::new(),
             measured_at: None,
             qemu_version: Arc::default(),
+            _lock: lock,
         };
         daemon.register_listeners()?;
         daemon.take_over()?;
@@ -254,6 +276,9 @@ impl Daemon {
         let mut events = Events::with_capacity(256);
         loop {
             let now = now();
+            for client in std::mem::take(&mut self.eager_clients) {
+                self.serve_client(now, client);
+            }
             self.do_due(now);
             self.reconcile(now);
             self.move_bytes(now);
@@ -519,7 +544,7 @@ impl Daemon {
     }
 
     fn timeout(&self, now: Now) -> Duration {
-        if !self.busy.is_empty() {
+        if !self.busy.is_empty() || !self.eager_clients.is_empty() {
             return Duration::ZERO;
         }
         let runs = self.runs.values().filter_map(|entry| entry.run.deadline());

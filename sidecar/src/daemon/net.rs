@@ -20,6 +20,9 @@ pub enum Socket {
     Tcp(TcpStream),
 }
 
+/// What the kernel keeps for a QEMU that is reading (it doubles it): more than one turn of ours,
+/// so that QEMU finds the next bytes without being woken for them.
+const UNIX_SEND_BYTES: usize = 512 * 1024;
 /// A peer that does not acknowledge for so long is gone (TCP_USER_TIMEOUT).
 const USER_TIMEOUT_MS: u32 = 3000;
 
@@ -29,7 +32,10 @@ impl Socket {
     /// # Errors
     /// Nobody listens there.
     pub fn connect_unix(path: &Path) -> io::Result<Self> {
-        UnixStream::connect(path).map(Self::Unix)
+        let stream = UnixStream::connect(path)?;
+        // The kernel's own size works too, with more switches between processes.
+        let _ = setsockopt(&stream, sockopt::SndBuf, &UNIX_SEND_BYTES);
+        Ok(Self::Unix(stream))
     }
 
     /// Begins to connect to an address.

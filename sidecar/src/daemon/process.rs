@@ -133,12 +133,15 @@ pub fn spawn(arguments: &[String], log: &Path) -> Result<Child, String> {
     let errors = output
         .try_clone()
         .map_err(|error| format!("the log {} cannot be opened: {error}", log.display()))?;
-    Command::new(program)
+    let mut command = Command::new(program);
+    command
         .args(rest)
         .stdin(Stdio::null())
         .stdout(output)
         .stderr(errors)
-        .process_group(0)
+        .process_group(0);
+    sys::unblock_signals(&mut command);
+    command
         .spawn()
         .map_err(|error| format!("`{program}` cannot be started: {error} (check the template)"))
 }

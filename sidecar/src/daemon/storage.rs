@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::process::Child;
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use mio::Waker;
@@ -71,6 +72,8 @@ pub struct Storage {
 }
 
 const QUEUE: usize = 1024;
+/// Records of runs that nobody said were over are kept for so long; looked at when starting.
+const RECORDS_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 impl Storage {
     /// Starts the thread.
@@ -79,6 +82,7 @@ impl Storage {
     /// The register cannot be opened, or no thread be started.
     pub fn start(state_dir: &std::path::Path, waker: Waker) -> anyhow::Result<Self> {
         let mut register = FileRegister::open(state_dir.join("register"))?;
+        register.expire(RECORDS_KEPT)?;
         let notes_dir = state_dir.join("runs");
         let (jobs, queue) = bounded::<Job>(QUEUE);
         let (results, done) = bounded::<Done>(QUEUE);

@@ -20,11 +20,13 @@ pub enum Question {
     Memory,
     /// `qom-get /machine type`.
     Machine,
+    /// `query-kvm`.
+    Kvm,
 }
 
 impl Question {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Uuid,
         Self::Status,
         Self::Migration,
@@ -32,6 +34,7 @@ impl Question {
         Self::Parameters,
         Self::Memory,
         Self::Machine,
+        Self::Kvm,
     ];
 
     /// The QMP command and its arguments.
@@ -44,6 +47,7 @@ impl Question {
             Self::Capabilities => ("query-migrate-capabilities", Value::Null),
             Self::Parameters => ("query-migrate-parameters", Value::Null),
             Self::Memory => ("query-memory-size-summary", Value::Null),
+            Self::Kvm => ("query-kvm", Value::Null),
             Self::Machine => ("qom-get", json!({"path": "/machine", "property": "type"})),
         }
     }
@@ -62,6 +66,8 @@ pub struct Identity {
     pub memory_bytes: u64,
     /// Machine type with its version, such as `pc-i440fx-10.0`.
     pub machine: String,
+    /// Whether KVM executes the guest (else TCG).
+    pub kvm: bool,
     /// QEMU's version, such as `10.0.2`.
     pub version: String,
     capabilities: Vec<(String, bool)>,
@@ -111,6 +117,7 @@ impl Identity {
                 self.memory_bytes = value["base-memory"].as_u64().unwrap_or(0)
                     + value["plugged-memory"].as_u64().unwrap_or(0);
             }
+            Question::Kvm => self.kvm = value["enabled"].as_bool().unwrap_or(false),
             Question::Machine => {
                 self.machine = text(value).trim_end_matches("-machine").to_owned();
             }

@@ -25,12 +25,16 @@ use crate::qmp::{QmpClient, QmpMessage};
 const POLL: Duration = Duration::from_millis(100);
 /// … while armed, and just after.
 const QUICK_POLL: Duration = Duration::from_millis(20);
+/// After the migration ended and the VM's run state does not tell it yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How long QEMU may take to answer anything but in stop-and-copy.
 const ANSWER: Duration = Duration::from_secs(2);
 /// After `arm`, QEMU sends at full speed for so long before what remains is reported.
 const ARM_TIME: Duration = Duration::from_millis(200);
 /// QEMU pauses within this time after a release.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
+/// Stop-and-copy may take three times what is predicted, and so much more.
+const SWITCH_SLACK: Duration = Duration::from_secs(2);
 /// Effectively no limit; QEMU takes values below 10 B/s as none.
 const FULL_SPEED: u64 = 1 << 40;
 /// QEMU's largest downtime-limit, in ms: the acknowledgement alone decides.
@@ -122,6 +126,7 @@ pub struct Source {
     throttle_percent: u8,
     remaining_at_release: Option<u64>,
     next_poll: Option<Instant>,
+    look_at_end: Option<Instant>,
     pacer: Option<HoldPacer>,
     armed_at: Option<Instant>,
     next_armed: Option<Instant>,
@@ -137,6 +142,9 @@ pub struct Source {
     restoring: u8,
     settled: bool,
     hung: bool,
+    /// A guest that was paused before the move switches over without an acknowledgement, and
+    /// waits in pre-switchover: there is nothing to hold.
+    waits_paused: bool,
     reconnect_at: Option<Instant>,
 }
 
@@ -162,6 +170,7 @@ impl Source {
             throttle_percent: 0,
             remaining_at_release: None,
             next_poll: None,
+            look_at_end: None,
             pacer: None,
             armed_at: None,
             next_armed: None,
@@ -177,6 +186,7 @@ impl Source {
             restoring: 0,
             settled: false,
             hung: false,
+            waits_paused: false,
             reconnect_at: None,
         }
     }
@@ -291,6 +301,9 @@ impl Source {
         }
         if process_alive {
             self.reconnect_at = Some(now.mono + POLL * 2);
+        } else if self.adopting {
+            // It ended while nobody watched it.
+            self.process_gone(now);
         } else if self.half.phase() == Phase::Preparing {
             self.fail(error, false);
             self.state = SourceHalf::RunsAgain {
@@ -364,6 +377,16 @@ impl Source {
                 }
                 self.half.put(Output::Listen);
             }
+            Some(AfterNote::Arm) if self.waits_paused => {
+                self.half.enter(now, Phase::Armed);
+                let vm = self.half.name.clone();
+                let remaining_bytes = self.last.map_or(0, |s| s.remaining_bytes);
+                self.half.tell(Event::Armed {
+                    vm,
+                    remaining_bytes,
+                    dirty_rate_bytes_per_s: 0,
+                });
+            }
             Some(AfterNote::Arm) => {
                 let parameters =
                     json!({ "max-bandwidth": FULL_SPEED, "downtime-limit": ANY_DOWNTIME_MS });
@@ -429,6 +452,10 @@ impl Source {
         if self.half.phase() != Phase::Armed || self.release_by.is_some() {
             return;
         }
+        if self.waits_paused {
+            self.half.enter(now, Phase::Held);
+            return;
+        }
         self.armed_at = None;
         self.next_armed = None;
         self.half.enter(now, Phase::Held);
@@ -443,7 +470,9 @@ impl Source {
 
     /// `release`: pauses the VM, still reversible.
     pub fn release(&mut self, now: Now) {
-        if self.half.phase() == Phase::Armed && self.release_by.is_none() {
+        if self.waits_paused && self.half.phase() == Phase::Armed {
+            self.send(now, Tag::Paused, "query-migrate", Value::Null);
+        } else if self.half.phase() == Phase::Armed && self.release_by.is_none() {
             self.release_by = Some(now.mono + RELEASE_DEADLINE);
             self.next_armed = None;
             self.half.put(Output::OpenAckGate);
@@ -476,7 +505,7 @@ impl Source {
         let downtime = copy
             .max(self.settings.max_downtime)
             .min(Duration::from_secs(60));
-        let by = now.mono + downtime * 3 + Duration::from_secs(1);
+        let by = now.mono + downtime * 3 + SWITCH_SLACK;
         self.switch_by = Some(by);
         self.next_poll = None;
         if let Some(qmp) = &mut self.qmp {
@@ -685,7 +714,8 @@ impl Source {
             Tag::Cancel => self.send(now, Tag::Cancelled, "query-migrate", Value::Null),
             Tag::Cancelled => {
                 let status = value["status"].as_str().unwrap_or("none");
-                if matches!(status, "none" | "failed" | "cancelled") {
+                // `completed`: it came too late, and the register says on which side the VM ends.
+                if matches!(status, "none" | "failed" | "cancelled" | "completed") {
                     self.identity.migration = status.to_owned();
                     self.send(now, Tag::Ended, "query-status", Value::Null);
                 }
@@ -853,6 +883,11 @@ impl Source {
 
     fn migration_event(&mut self, now: Now, status: &str) {
         match status {
+            "pre-switchover" if !self.was_running && self.half.phase() == Phase::Precopy => {
+                self.waits_paused = true;
+                self.next_poll = None;
+                self.enter_hold(now, HoldReason::Converged);
+            }
             "pre-switchover" => {
                 self.release_by = None;
                 self.next_poll = None;
@@ -884,6 +919,10 @@ impl Source {
         match run_state {
             "postmigrate" if completed && !self.resuming => self.completed(now),
             "running" => self.runs_again(now),
+            // QEMU says `completed` a moment before it enters `postmigrate`.
+            "finish-migrate" if completed && !self.resuming => {
+                self.look_at_end = Some(now.mono + LOOK_AGAIN);
+            }
             _ if self.resuming || completed => {}
             "paused" if !self.was_running => self.runs_again(now),
             // Failed or cancelled, hence never complete, and left paused: it may go on.
@@ -987,6 +1026,7 @@ impl Source {
         [
             qmp,
             self.next_poll,
+            self.look_at_end,
             self.release_by,
             self.switch_by,
             self.reconnect_at,
@@ -999,6 +1039,10 @@ impl Source {
 
     /// Does what is due.
     pub fn tick(&mut self, now: Now) {
+        if self.look_at_end.is_some_and(|at| at <= now.mono) {
+            self.look_at_end = None;
+            self.send(now, Tag::Ended, "query-status", Value::Null);
+        }
         if self.next_poll.is_some_and(|at| at <= now.mono) {
             let interval = if self.half.phase() == Phase::Armed {
                 QUICK_POLL

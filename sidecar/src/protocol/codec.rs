@@ -1,4 +1,4 @@
-//! Lines of JSON: framing with a bound, requests and answers, events with their timestamp.
+//! Requests and answers, events with their timestamp: JSON in and out.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -10,78 +10,6 @@ use super::event::{Envelope, Event};
 
 /// Longest line accepted from a control client.
 pub const MAX_LINE_BYTES: usize = 256 * 1024;
-
-/// Collects bytes and hands out whole lines, none longer than its limit.
-#[derive(Debug)]
-pub struct LineBuffer {
-    bytes: Vec<u8>,
-    scanned: usize,
-    limit: usize,
-    skipping: bool,
-}
-
-/// What [`LineBuffer::next_line`] found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Line {
-    /// A whole line without its end.
-    Whole(Vec<u8>),
-    /// A line over the limit; it was dropped up to its end.
-    TooLong,
-}
-
-impl LineBuffer {
-    /// A buffer for lines of up to `limit` bytes.
-    #[must_use]
-    pub fn new(limit: usize) -> Self {
-        Self {
-            bytes: Vec::new(),
-            scanned: 0,
-            limit,
-            skipping: false,
-        }
-    }
-
-    /// Takes what was read from the peer.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-    }
-
-    /// The next whole line, if there is one. Empty lines are passed over.
-    pub fn next_line(&mut self) -> Option<Line> {
-        loop {
-            let Some(offset) = self.bytes[self.scanned..].iter().position(|&b| b == b'\n') else {
-                self.scanned = self.bytes.len();
-                if self.bytes.len() > self.limit {
-                    self.bytes.clear();
-                    self.scanned = 0;
-                    if !self.skipping {
-                        self.skipping = true;
-                        return Some(Line::TooLong);
-                    }
-                }
-                return None;
-            };
-            let end = self.scanned + offset;
-            let rest = self.bytes.split_off(end + 1);
-            let mut line = std::mem::replace(&mut self.bytes, rest);
-            self.scanned = 0;
-            line.pop();
-            if self.skipping {
-                self.skipping = false;
-                continue;
-            }
-            if line.last() == Some(&b'\r') {
-                line.pop();
-            }
-            if line.len() > self.limit {
-                return Some(Line::TooLong);
-            }
-            if !line.iter().all(u8::is_ascii_whitespace) {
-                return Some(Line::Whole(line));
-            }
-        }
-    }
-}
 
 /// An error as QMP writes it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -503,21 +431,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::protocol::lines::LineBuffer;
     use crate::protocol::types::{Role, RoundReport};
-
-    #[test]
-    fn lines_come_whole_and_bounded() {
-        let mut buffer = LineBuffer::new(8);
-        buffer.push(b"ab\r\n\n  \ncd");
-        assert_eq!(buffer.next_line(), Some(Line::Whole(b"ab".to_vec())));
-        assert_eq!(buffer.next_line(), None);
-        buffer.push(b"ef\n0123456789");
-        assert_eq!(buffer.next_line(), Some(Line::Whole(b"cdef".to_vec())));
-        assert_eq!(buffer.next_line(), Some(Line::TooLong));
-        buffer.push(b"still the same line\nnext\n");
-        assert_eq!(buffer.next_line(), Some(Line::Whole(b"next".to_vec())));
-        assert_eq!(buffer.next_line(), None);
-    }
 
     #[test]
     fn every_command_survives_the_wire() {

@@ -219,7 +219,11 @@ pub struct QueryRunArgs {
 pub struct RecoverArgs {
     /// The run.
     pub run: Uuid,
-    /// What the group shall do if nothing is recorded anywhere: `commit` or `abort`.
+    /// The VM it is about; absent: the group, or every VM here.
+    #[serde(default)]
+    pub vm: Option<Uuid>,
+    /// What holds if no record is found: `commit` or `abort` for the group, `source` or
+    /// `destination` for VMs.
     pub value: RecordValue,
     /// The host the operator vouches is off for good (the register's, or the other half's).
     pub fenced: String,

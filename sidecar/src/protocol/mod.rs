@@ -14,7 +14,8 @@
 //!   │ ◄──── {"event": "PREPARED", data}      │
 //! ```
 //!
-//! - [`codec`]: lines of JSON with a bound on their length.
+//! - [`lines`]: lines of JSON with a bound on their length.
+//! - [`codec`]: what stands on them.
 //! - [`command`]: the commands and their arguments.
 //! - [`event`]: the events and the reports in them.
 //! - [`types`]: what both share.
@@ -22,6 +23,7 @@
 pub mod codec;
 pub mod command;
 pub mod event;
+pub mod lines;
 pub mod types;
 
 /// Major version of the protocol: peers with another one refuse each other.

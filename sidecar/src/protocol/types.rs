@@ -221,8 +221,16 @@ pub struct VmInfo {
     pub machine: String,
     /// QEMU's version, such as `10.0.2`.
     pub qemu_version: String,
+    /// Whether KVM executes the guest. Under TCG a stock QEMU can lose writes of a guest that
+    /// dirties memory faster than it is sent (its dirty tracking has a fault there).
+    #[serde(default = "yes")]
+    pub kvm: bool,
     /// Whether this QEMU can be held (capability `switchover-ack`, QEMU 8.1).
     pub can_hold: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What `query-vms` says of each VM in the configuration.

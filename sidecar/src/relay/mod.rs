@@ -20,11 +20,14 @@ pub mod return_path;
 pub const PIPE_BYTES: usize = 512 * 1024;
 
 /// A bounded first-in first-out buffer of bytes, read and written in place.
+///
+/// A ring: nothing is moved within it. When it runs empty it begins again at its front, where the
+/// processor's cache still has it.
 #[derive(Debug)]
 pub struct Pipe {
     buffer: Box<[u8]>,
     start: usize,
-    end: usize,
+    waiting: usize,
     ended: bool,
 }
 
@@ -41,55 +44,68 @@ impl Pipe {
         Self {
             buffer: vec![0; PIPE_BYTES].into_boxed_slice(),
             start: 0,
-            end: 0,
+            waiting: 0,
             ended: false,
         }
     }
 
-    /// What waits to be written on.
+    /// What waits to be written on, up to where the ring turns; empty only if nothing waits.
     #[must_use]
     pub fn filled(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
+        let end = (self.start + self.waiting).min(self.buffer.len());
+        &self.buffer[self.start..end]
     }
 
     /// Whether nothing waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.start == self.end
+        self.waiting == 0
     }
 
     /// The first `n` waiting bytes were written on.
     pub fn consume(&mut self, n: usize) {
-        self.start = (self.start + n).min(self.end);
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
+        let n = n.min(self.waiting);
+        self.waiting -= n;
+        self.start = match self.waiting {
+            0 => 0,
+            _ => (self.start + n) % self.buffer.len(),
+        };
+    }
+
+    /// Where new bytes go, up to where the ring turns; empty only if the pipe is full.
+    pub fn room(&mut self) -> &mut [u8] {
+        let size = self.buffer.len();
+        let end = self.start + self.waiting;
+        if end < size {
+            &mut self.buffer[end..]
+        } else {
+            &mut self.buffer[end - size..self.start]
         }
     }
 
-    /// Where new bytes go; empty when the pipe is full. Moves what waits to the front when the
-    /// room behind it is small.
-    pub fn room(&mut self) -> &mut [u8] {
-        if self.start > 0 && self.buffer.len() - self.end < PIPE_BYTES / 4 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
-        &mut self.buffer[self.end..]
+    /// How many bytes fit.
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.buffer.len() - self.waiting
     }
 
     /// `n` bytes were put into [`Self::room`].
     pub fn fill(&mut self, n: usize) {
-        self.end = (self.end + n).min(self.buffer.len());
+        self.waiting += n.min(self.room().len());
     }
 
     /// Appends `bytes`; returns how many fitted.
     pub fn push(&mut self, bytes: &[u8]) -> usize {
-        let room = self.room();
-        let n = room.len().min(bytes.len());
-        room[..n].copy_from_slice(&bytes[..n]);
-        self.fill(n);
-        n
+        let mut pushed = 0;
+        // Twice where the ring turns in between.
+        while pushed < bytes.len() && self.free() > 0 {
+            let room = self.room();
+            let n = room.len().min(bytes.len() - pushed);
+            room[..n].copy_from_slice(&bytes[pushed..pushed + n]);
+            self.fill(n);
+            pushed += n;
+        }
+        pushed
     }
 
     /// The reading side reached its end.
@@ -125,14 +141,20 @@ mod tests {
             for (put, take) in steps {
                 let bytes: Vec<u8> = (0..put).map(|i| ((written + i as u64) % 251) as u8).collect();
                 written += pipe.push(&bytes) as u64;
-                let n = take.min(pipe.filled().len());
-                for (i, byte) in pipe.filled()[..n].iter().enumerate() {
-                    prop_assert_eq!(*byte, ((read + i as u64) % 251) as u8);
+                let mut left = take;
+                while left > 0 && !pipe.is_empty() {
+                    let n = left.min(pipe.filled().len());
+                    prop_assert!(n > 0);
+                    for (i, byte) in pipe.filled()[..n].iter().enumerate() {
+                        prop_assert_eq!(*byte, ((read + i as u64) % 251) as u8);
+                    }
+                    pipe.consume(n);
+                    read += n as u64;
+                    left -= n;
                 }
-                pipe.consume(n);
-                read += n as u64;
+                prop_assert_eq!((PIPE_BYTES - pipe.free()) as u64, written - read);
+                prop_assert_eq!(pipe.room().is_empty(), pipe.free() == 0);
             }
-            prop_assert_eq!(pipe.filled().len() as u64, written - read);
         }
     }
 }

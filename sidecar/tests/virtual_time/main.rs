@@ -337,6 +337,32 @@ fn a_source_goes_the_whole_way() {
 }
 
 #[test]
+fn a_completion_that_is_told_before_the_run_state_follows_arrives() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Switching);
+    world.qemu.completes("finish-migrate");
+    world.pass(Duration::from_millis(20));
+    assert_eq!(world.phase(), Phase::Switching);
+    world.qemu.status = "postmigrate".into();
+    world.pass(Duration::from_millis(20));
+    assert_eq!(world.phase(), Phase::Arrived);
+}
+
+#[test]
+fn an_abort_that_comes_after_the_completion_resumes_the_source() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Switching);
+    // Its event was lost on the way.
+    world.qemu.status = "postmigrate".into();
+    world.qemu.migration = "completed".into();
+    world.run.learn(RecordKey::Group, RecordValue::Abort);
+    world.settle();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.phase(), Phase::RolledBack);
+    assert_eq!(world.qemu.status, "running");
+}
+
+#[test]
 fn an_abort_in_any_phase_restores_everything() {
     for phase in WAY {
         let mut world = World::source(true);
@@ -621,4 +647,55 @@ fn the_wrong_qemu_is_refused_in_one_line() {
         assert_eq!(world.phase(), Phase::RolledBack);
         assert_eq!(world.count("migrate-set-capabilities"), 0);
     }
+}
+
+#[test]
+fn an_operator_ends_a_run_whose_register_is_gone() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Arrived);
+    world.register = Register::Silent;
+    world.heard = false;
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.phase(), Phase::InDoubt);
+    world.run.vouch(RecordKey::Group, RecordValue::Abort);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.phase(), Phase::RolledBack);
+    assert_eq!(world.qemu.status, "running");
+
+    let mut world = arrived();
+    world.qemu.status = "paused".into();
+    world.register = Register::Silent;
+    world.heard = false;
+    world.pass(Duration::from_secs(10));
+    world.run.vouch(RecordKey::Group, RecordValue::Abort);
+    world.pass(Duration::from_secs(10));
+    assert_eq!(
+        world.count("quit"),
+        0,
+        "whether its source runs is not vouched for"
+    );
+    world.run.vouch(RecordKey::Vm(VM), RecordValue::Source);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.phase(), Phase::RolledBack);
+
+    let mut world = arrived();
+    world.qemu.status = "paused".into();
+    world.register = Register::Silent;
+    world.heard = false;
+    world.pass(Duration::from_secs(10));
+    world.run.vouch(RecordKey::Group, RecordValue::Commit);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(world.phase(), Phase::Committed);
+    assert_eq!(world.qemu.status, "running");
+}
+
+#[test]
+fn an_operator_does_not_overrule_the_register() {
+    let mut world = World::source(true);
+    world.up_to(Phase::Arrived);
+    world.group = Some(RecordValue::Commit);
+    world.run.vouch(RecordKey::Group, RecordValue::Abort);
+    world.pass(Duration::from_secs(5));
+    assert_eq!(world.run.decision(), Some(Decision::Commit));
+    assert_eq!(world.count("cont"), 0);
 }

@@ -122,6 +122,7 @@ impl Qemu {
 
     fn obey(&mut self, name: &str, arguments: &Value) -> Result<Value, String> {
         Ok(match name {
+            "query-kvm" => json!({ "enabled": true, "present": true }),
             "query-uuid" => json!({ "UUID": self.uuid }),
             "query-status" => json!({ "status": self.status }),
             "query-memory-size-summary" => json!({ "base-memory": 256 * MIB }),

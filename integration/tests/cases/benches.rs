@@ -1,0 +1,43 @@
+//! The benchmarks in their smallest form: that they run and find what they look for.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use testbed::bench::{BenchOptions, Name, bench, output};
+use testbed::qemu::{Accel, AccelChoice};
+use testbed::signals::Interrupt;
+
+const WITHIN: Duration = Duration::from_secs(90);
+
+pub fn every_benchmark(_kvm: Accel) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let (json, markdown) = (
+        directory.path().join("bench.json"),
+        directory.path().join("bench.md"),
+    );
+    std::fs::write(&markdown, format!("{}\n{}\n", output::BEGIN, output::END))?;
+    let options = BenchOptions {
+        names: Vec::new(),
+        quick: true,
+        accel: AccelChoice::Kvm,
+        json: Some(json.clone()),
+        markdown: Some(markdown.clone()),
+    };
+    let began = Instant::now();
+    bench(&options, &Interrupt::install()?)?;
+    ensure!(began.elapsed() < WITHIN, "took {:?}", began.elapsed());
+    let report: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(json)?)?;
+    let sections = report["benchmarks"].as_array().context("no benchmarks")?;
+    ensure!(sections.len() == Name::value_variants().len());
+    for section in sections {
+        let figures = section["figures"].as_array().context("no figures")?;
+        ensure!(!figures.is_empty());
+        for figure in figures {
+            ensure!(figure["spread"].is_object(), "not measured: {figure}");
+        }
+    }
+    let text = std::fs::read_to_string(markdown)?;
+    ensure!(text.contains("### `relay`"), "{text}");
+    Ok(())
+}
