@@ -134,6 +134,7 @@ impl<'a> Play<'a> {
                                         role,
                                         error,
                                         lost,
+                                        secondary: false,
                                     },
                                 );
                                 continue;

@@ -117,9 +117,14 @@ impl GroupRun {
                 let text = reason
                     .clone()
                     .unwrap_or_else(|| "it was rolled back".into());
-                self.half_broke(now, index, role, text);
+                self.half_broke(now, index, role, text, true);
             }
-            Event::Failed { error, lost, .. } => {
+            Event::Failed {
+                error,
+                lost,
+                secondary,
+                ..
+            } => {
                 vm.error.get_or_insert_with(|| error.clone());
                 if *lost && role == Role::Source && vm.source.arrived {
                     // The other copy is whole, and the last one: there is no way but forward.
@@ -135,7 +140,7 @@ impl GroupRun {
                     vm.half(role).end = Some(End::Lost);
                     vm.half(role).phase = Some(Phase::Failed);
                 }
-                self.half_broke(now, index, role, error.clone());
+                self.half_broke(now, index, role, error.clone(), *secondary);
             }
             _ => {}
         }
@@ -157,14 +162,21 @@ impl GroupRun {
         }
     }
 
-    fn half_broke(&mut self, now: Duration, index: usize, role: Role, error: String) {
+    fn half_broke(
+        &mut self,
+        now: Duration,
+        index: usize,
+        role: Role,
+        error: String,
+        secondary: bool,
+    ) {
         let member = &self.vms[index].member;
         let host = match role {
             Role::Source => member.from,
             Role::Destination => member.to,
         };
         let text = format!("{} at {}: {error}", member.name, self.host_name(host));
-        self.fail(now, text);
+        self.fail_for(now, text, secondary);
     }
 
     fn source_event(&mut self, now: Duration, index: usize, at_us: i64, event: &Event) {
@@ -270,6 +282,7 @@ impl GroupRun {
                 role,
                 error: report.error.clone().unwrap_or_else(|| "it failed".into()),
                 lost: true,
+                secondary: false,
             },
             Phase::Arrived | Phase::Committing => Event::Arrived { vm, role },
             _ => {

@@ -70,6 +70,8 @@ pub struct GroupRun {
     pub(super) all_running: bool,
     pub(super) predicted: Option<Duration>,
     pub(super) reason: Option<String>,
+    /// Whether another fault is probably behind the reason.
+    pub(super) reason_is_secondary: bool,
     pub(super) notices: Vec<String>,
     pub(super) outcome: Option<Outcome>,
 }
@@ -113,6 +115,7 @@ impl GroupRun {
             all_running: false,
             predicted: None,
             reason: None,
+            reason_is_secondary: false,
             notices: Vec::new(),
             outcome: None,
         }

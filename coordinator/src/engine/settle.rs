@@ -22,6 +22,19 @@ impl GroupRun {
     /// Something broke, or the user wants out. Before the decision this rolls the group back;
     /// after it, it changes nothing.
     pub(super) fn fail(&mut self, now: Duration, reason: String) {
+        self.fail_for(now, reason, false);
+    }
+
+    /// The same; a `secondary` reason follows from another fault, and gives way to it when that is
+    /// told too.
+    pub(super) fn fail_for(&mut self, now: Duration, reason: String, secondary: bool) {
+        if self.stage == Stage::RollingBack && self.reason_is_secondary && !secondary {
+            self.reason_is_secondary = false;
+            if let Some(before) = self.reason.replace(reason) {
+                self.notice(before);
+            }
+            return;
+        }
         if self.is_deciding() || matches!(self.stage, Stage::RollingBack | Stage::Ended) {
             if self.stage != Stage::Ended && self.reason.as_ref() != Some(&reason) {
                 self.notice(reason);
@@ -29,6 +42,7 @@ impl GroupRun {
             return;
         }
         self.reason = Some(reason.clone());
+        self.reason_is_secondary = secondary;
         self.step(Step::RollingBack { reason });
         self.roll_back(now);
     }

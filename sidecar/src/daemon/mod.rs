@@ -165,7 +165,6 @@ impl Daemon {
         let poll = Poll::new().context("epoll")?;
         let waker = Waker::new(poll.registry(), Token(1)).context("eventfd")?;
         let storage = Storage::start(&config.state_dir, waker)?;
-        let control_unix = control::listen_unix(&config.control.unix)?;
         let control_tcp = match config.control.tcp {
             Some(address) => Some(TcpListener::bind(address).with_context(|| {
                 format!("the control address {address} cannot be used (is the port taken?)")
@@ -180,6 +179,8 @@ impl Daemon {
             .local_addr()
             .context("the stream address")?
             .to_string();
+        // Last: who can connect to it finds everything else in place.
+        let control_unix = control::listen_unix(&config.control.unix)?;
         let start = Instant::now();
         let pacing = Hierarchy::new(start, config.limits.link);
         let mut daemon = Self {

@@ -180,7 +180,9 @@ impl Destination {
     /// The stream broke before everything was here, or ended.
     pub fn stream_failed(&mut self, error: &str) {
         if self.state == DestinationHalf::Loading && self.half.phase() != Phase::Preparing {
-            self.fail(format!("the migration stream broke: {error}"), false);
+            self.wants_out = true;
+            self.half
+                .secondary_fault(format!("the migration stream broke: {error}"));
         }
     }
 
@@ -502,10 +504,9 @@ impl Destination {
             ("MIGRATION", "failed") if self.state == DestinationHalf::Loading => {
                 self.state = DestinationHalf::Broken;
                 if self.kill_by.is_none() {
-                    self.fail(
-                        "the incoming migration failed (stream cut or not loadable)",
-                        false,
-                    );
+                    self.wants_out = true;
+                    let text = "the incoming migration failed (stream cut or not loadable)";
+                    self.half.secondary_fault(text);
                 }
             }
             _ => {}

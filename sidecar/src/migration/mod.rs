@@ -128,7 +128,15 @@ impl Half {
 
     /// Records what went wrong and tells it; only the first of several faults is told.
     pub fn fault(&mut self, error: impl Into<String>, lost: bool) {
-        let error = error.into();
+        self.tell_fault(error.into(), lost, false);
+    }
+
+    /// The same for what follows from a stream that was cut.
+    pub fn secondary_fault(&mut self, error: impl Into<String>) {
+        self.tell_fault(error.into(), false, true);
+    }
+
+    fn tell_fault(&mut self, error: String, lost: bool, secondary: bool) {
         if self.error.is_none() || lost {
             self.error.get_or_insert_with(|| error.clone());
             let (vm, role) = (self.name.clone(), self.role);
@@ -137,6 +145,7 @@ impl Half {
                 role,
                 error,
                 lost,
+                secondary,
             });
         }
     }

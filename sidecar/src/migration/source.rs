@@ -272,7 +272,9 @@ impl Source {
     /// The stream broke. QEMU will say the same; this says why.
     pub fn stream_failed(&mut self, error: &str) {
         if self.started && !matches!(self.state, SourceHalf::Completed | SourceHalf::Quit) {
-            self.fail(format!("the migration stream broke: {error}"), false);
+            self.wants_out = true;
+            self.half
+                .secondary_fault(format!("the migration stream broke: {error}"));
         }
     }
 
@@ -903,10 +905,9 @@ impl Source {
                 self.send(now, Tag::Ended, "query-status", Value::Null);
                 self.identity.migration = status.to_owned();
                 if status == "failed" && !self.cancelling {
-                    self.fail(
-                        "the migration failed (stream cut, or the destination died)",
-                        false,
-                    );
+                    self.wants_out = true;
+                    let text = "the migration failed (stream cut, or the destination died)";
+                    self.half.secondary_fault(text);
                 }
             }
             _ => {}

@@ -110,6 +110,10 @@ pub enum Event {
         error: String,
         /// Whether this half is lost for good (its QEMU is dead).
         lost: bool,
+        /// Whether it follows from a stream that was cut: another fault, told by another half, is
+        /// probably the cause.
+        #[serde(default)]
+        secondary: bool,
     },
     /// The coordinator is silent or gone; the register will be asked when the lease ends.
     CoordinatorLost {

@@ -247,6 +247,7 @@ impl Script {
                 role,
                 error,
                 lost,
+                secondary: false,
             },
         );
     }

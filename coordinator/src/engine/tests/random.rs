@@ -66,6 +66,7 @@ fn apply(s: &mut Script, happening: Happening) {
                 role,
                 error: "random".into(),
                 lost,
+                secondary: false,
             },
         ),
         Happening::Lost(host) => s.group.handle_lost(s.now, HostId(host), "random"),
