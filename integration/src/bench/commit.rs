@@ -12,7 +12,7 @@ use super::Bench;
 use super::control::Driver;
 use super::output::number;
 use super::result::{Figure, Section, Table};
-use super::watch::carry_out;
+use super::watch::{carry_out, micros_to_ms};
 use crate::lab::LabSpec;
 
 const GUESTS: [&str; 3] = [
@@ -83,9 +83,4 @@ fn decide_alone(bench: &Bench<'_>, lab: &crate::lab::Lab, times: usize) -> Resul
         driver.ask(0, &Command::Forget(RunArgs { run, epoch: 1 }))?;
     }
     Ok(taken)
-}
-
-#[allow(clippy::cast_precision_loss, reason = "the time of one move")]
-fn micros_to_ms(micros: i64) -> f64 {
-    micros as f64 / 1e3
 }

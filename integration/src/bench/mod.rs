@@ -35,13 +35,13 @@ use result::Section;
 /// One benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Name {
-    /// Split time, resume skew and group downtime over 20 moves of three VMs (about 4 minutes).
+    /// Split time, resume skew and group downtime over 20 moves of three VMs (about 3 minutes).
     Moves,
     /// Total time against `parallel`, in alternating pairs (about 5 minutes).
     Total,
     /// Throughput of the relay against QEMU's own TCP migration (about 1 minute).
     Relay,
-    /// What the hold costs guests and hosts on stock QEMU (about 4 minutes).
+    /// What the hold costs guests and hosts on stock QEMU (about 3 minutes).
     Held,
     /// How exactly a stream keeps the rate that `pace` sets (about 1 minute).
     Pacing,

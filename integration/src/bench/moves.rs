@@ -182,6 +182,7 @@ fn table(done: &[Pair]) -> Table {
         row.extend(cells.map(number));
         row.push((left >> 10).to_string());
         row.extend([
+            pair.group.stages_ms().map(number).join(" + "),
             number(report.stop_skew_s * 1e3),
             number(report.resume_skew_s * 1e3),
             number(report.split_s * 1e3),
@@ -190,7 +191,8 @@ fn table(done: &[Pair]) -> Table {
         row
     };
     Table {
-        title: "Every move of the group (times in ms, total in s)".to_owned(),
+        title: "Every move of the group (times in ms, total in s; of its downtime: last tick to STOP, to `continue`, to the last \
+                ARRIVED, to the last RESUME, to the first tick)".to_owned(),
         columns: vec![
             "move",
             "group downtime",
@@ -198,6 +200,7 @@ fn table(done: &[Pair]) -> Table {
             "slowest alone",
             "Σ left / B",
             "left, KiB",
+            "before + stopping + copying + deciding + after",
             "stop skew",
             "resume skew",
             "split",

@@ -160,7 +160,9 @@ fn evaluate(changes: &[(Micros, u64)], samples: &[Sample]) -> Vec<Setting> {
             rate: *rate,
             from: old.map(|(rate, _)| rate),
             measured: new.slope,
-            effective_ms: old.map(|(_, old)| meet(old, new) * 1e3),
+            effective_ms: old
+                .filter(|(from, old)| keeps(*from, *old) && keeps(*rate, new))
+                .map(|(_, old)| meet(old, new) * 1e3),
         });
         before = Some((*rate, new));
     }
@@ -194,6 +196,11 @@ fn fit(samples: &[Sample], begin: Micros, end: Micros, zero: Micros) -> Option<L
         slope,
         level: y - slope * t,
     })
+}
+
+/// Whether a line has the slope of its setting: only then it says when the setting began.
+fn keeps(rate: u64, line: Line) -> bool {
+    (line.slope / float(rate * MB) - 1.0).abs() <= 0.05
 }
 
 /// Where two lines meet, in seconds after their zero.
@@ -236,6 +243,13 @@ fn section(settings: &[Setting], rates: &[u64]) -> Section {
         Statistic::Max,
         Bound::AtMost(CHANGE_WITHIN_MS),
     ));
+    let changes = settings.iter().filter(|one| one.from.is_some()).count();
+    if effective.len() < changes {
+        section.notes.push(format!(
+            "{} of {changes} changes cannot be dated: the rate before or after was off by more than 5 %.",
+            changes - effective.len()
+        ));
+    }
     let row = |one: &Setting| {
         vec![
             one.from.map_or("-".to_owned(), |rate| rate.to_string()),

@@ -9,9 +9,10 @@ use anyhow::{Result, bail};
 use coordinator::application::{Application, Policy};
 use coordinator::engine::Step;
 use coordinator::observer::{GroupName, Observer, Progress};
-use coordinator::report::Outcome;
+use coordinator::report::{Outcome, VmMove};
 use coordinator::{MoveReport, RunOptions};
 use sidecar::protocol::event::{Envelope, Event};
+use sidecar::protocol::types::Phase;
 
 use crate::clock::Micros;
 use crate::lab::Lab;
@@ -71,12 +72,50 @@ impl Moved {
         Duration::try_from_secs_f64(sum).unwrap_or_default()
     }
 
+    /// Where the downtime went, in ms: from the first guest's last tick until the first STOP, until
+    /// all are told to go on, until the last half has arrived, until the last RESUME, until the last
+    /// guest's first tick.
+    #[must_use]
+    pub fn stages_ms(&self) -> [f64; 5] {
+        let vms = &self.report.vms;
+        let stop = vms.iter().filter_map(|vm| vm.stopped_at_us).min();
+        let switching = |vm: &VmMove| {
+            let mut entries = vm.history.iter();
+            let entry = entries.find(|entry| entry.phase == Phase::Switching);
+            entry.map(|entry| entry.at_us)
+        };
+        let on = vms.iter().filter_map(switching).max();
+        let (Some(stop), Some(on)) = (stop, on) else {
+            return [f64::NAN; 5];
+        };
+        let end = self.last_resumed_us();
+        let unix = |at: Micros| i64::try_from(at.unix_us()).unwrap_or(i64::MAX);
+        let last = self.stood.iter().map(|one| unix(one.last)).min();
+        let first = self.stood.iter().map(|one| unix(one.first)).max();
+        let (last, first) = (last.unwrap_or(stop), first.unwrap_or(end));
+        [
+            (last, stop),
+            (stop, on),
+            (on, self.last_arrived_us),
+            (self.last_arrived_us, end),
+            (end, first),
+        ]
+        .map(|(from, to)| micros_to_ms(to - from))
+    }
+
     /// RESUME of the last VM: unix time in microseconds.
     #[must_use]
     pub fn last_resumed_us(&self) -> i64 {
         let all = self.report.vms.iter().filter_map(|vm| vm.resumed_at_us);
         all.max().unwrap_or(i64::MIN)
     }
+}
+
+/// Microseconds of one move in milliseconds.
+#[allow(clippy::cast_precision_loss, reason = "the time of one move")]
+#[must_use]
+pub fn micros_to_ms(micros: i64) -> f64 {
+    micros as f64 / 1e3
 }
 
 /// Is called once, when every VM is held, and blocks the move meanwhile.
