@@ -63,7 +63,7 @@ impl GroupRun {
                 self.start(now);
             }
             Stage::Precopy => self.advance_precopy(now),
-            Stage::Held { retry_at } if now >= retry_at => self.arm(now),
+            Stage::Held { retry_at } if now >= retry_at || self.has_drained() => self.arm(now),
             Stage::Arming if self.vms.iter().all(|vm| vm.armed) => {
                 self.stage = Stage::Armed { since: now };
                 self.stage_deadline = self.release_deadline();
@@ -88,7 +88,7 @@ impl GroupRun {
             if self.vms.iter().all(|vm| vm.held) {
                 self.all_held_at = Some(now);
                 self.step(Step::AllHeld);
-                self.arm(now);
+                self.drain(now);
             } else {
                 self.pace(now);
             }

@@ -16,8 +16,10 @@ pub(super) const HORIZON: Duration = Duration::from_secs(10);
 /// Throttles of QEMU's auto-converge take effect in steps of 3.2 s.
 const THROTTLE_SETTLES: Duration = Duration::from_secs(4);
 const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
-const REPORT_WHILE_ARMED_MS: u64 = 50;
-const WEIGH_INTERVAL: Duration = Duration::from_millis(40);
+const REPORT_WHILE_ARMED_MS: u64 = 25;
+const WEIGH_INTERVAL: Duration = Duration::from_millis(20);
+/// A group that has just been held is armed after this time at the latest.
+const DRAIN_WITHIN: Duration = Duration::from_millis(600);
 /// An armed QEMU that is not patched spins: not longer than this at a time.
 pub(super) const ARMED_AT_MOST: Duration = Duration::from_secs(1);
 
@@ -32,6 +34,25 @@ impl GroupRun {
             };
             self.send(now, host, Command::SetReportInterval(interval));
         }
+    }
+
+    /// All are held: what a VM has left from its last round is sent in the paced hold first. An
+    /// armed QEMU that has nothing left to send spins, and its guest, and others, pay for it.
+    pub(super) fn drain(&mut self, now: Duration) {
+        if self.has_drained() {
+            self.arm(now);
+            return;
+        }
+        self.report_every(now, REPORT_WHILE_ARMED_MS);
+        self.stage = Stage::Held {
+            retry_at: now + DRAIN_WITHIN,
+        };
+        self.stage_deadline = self.release_deadline();
+    }
+
+    /// Before the first arming: whether little is left to send.
+    pub(super) fn has_drained(&self) -> bool {
+        self.arm_attempts == 0 && self.predict() <= self.spec.limits.max_downtime / 4
     }
 
     pub(super) fn arm(&mut self, now: Duration) {

@@ -8,7 +8,7 @@ use testbed::bench::{BenchOptions, Name, bench, output};
 use testbed::qemu::{Accel, AccelChoice};
 use testbed::signals::Interrupt;
 
-const WITHIN: Duration = Duration::from_secs(90);
+const WITHIN: Duration = Duration::from_secs(180);
 
 pub fn every_benchmark(_kvm: Accel) -> Result<()> {
     let directory = tempfile::tempdir()?;

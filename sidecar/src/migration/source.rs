@@ -24,13 +24,13 @@ use crate::qmp::{QmpClient, QmpMessage};
 /// How often a migration is looked at.
 const POLL: Duration = Duration::from_millis(100);
 /// … while armed, and just after.
-const QUICK_POLL: Duration = Duration::from_millis(20);
+const QUICK_POLL: Duration = Duration::from_millis(10);
 /// After the migration ended and the VM's run state does not tell it yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How long QEMU may take to answer anything but in stop-and-copy.
 const ANSWER: Duration = Duration::from_secs(2);
 /// After `arm`, QEMU sends at full speed for so long before what remains is reported.
-const ARM_TIME: Duration = Duration::from_millis(200);
+const ARM_TIME: Duration = Duration::from_millis(50);
 /// QEMU pauses within this time after a release.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Stop-and-copy may take three times what is predicted, and so much more.
