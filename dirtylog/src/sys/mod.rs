@@ -1,0 +1,12 @@
+//! The crate's only unsafe code: mappings shared with another process, KVM's ioctls, and calls of
+//! code compiled for an instruction set that was found at run time.
+
+#[cfg(feature = "kvm")]
+#[cfg(any())]
+pub(crate) mod kvm;
+mod map;
+mod simd;
+
+pub use map::MapError;
+pub(crate) use map::{ReadMap, SharedWords, WriteMap};
+pub(crate) use simd::{count, count_common};
