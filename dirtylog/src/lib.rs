@@ -34,7 +34,6 @@ mod bitmap;
 pub mod export;
 //footprint
 #[cfg(feature = "kvm")]
-#[cfg(any())]
 pub mod kvm;
 mod pages;
 //rate

@@ -228,10 +228,7 @@ mod tests {
         assert_eq!((set.words().len(), set.count()), (2, Pages(70)));
         assert!(!set.contains(70) && set.contains(69));
         assert_eq!(set.bits().len(), 70);
-        assert_eq!(
-            PageSet::from_words(Pages(0), vec![1]).runs().next(),
-            None
-        );
+        assert_eq!(PageSet::from_words(Pages(0), vec![1]).runs().next(), None);
     }
 
     #[test]

@@ -131,7 +131,9 @@ pub enum LayoutError {
     #[error("this is no dirty log: the magic number is {0:#018x}")]
     Magic(u64),
     /// A format that is not known here.
-    #[error("the dirty log has version {0}; expected {VERSION}: use matching versions of both sides")]
+    #[error(
+        "the dirty log has version {0}; expected {VERSION}: use matching versions of both sides"
+    )]
     Version(u32),
     /// No size that a page can have.
     #[error("a page size of {0} bytes; expected a power of two from 1 KiB to 1 GiB")]

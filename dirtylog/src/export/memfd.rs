@@ -7,7 +7,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 
-use super::layout::HEADER_BYTES;
+/// One page: the header.
+const LENGTH: i64 = 4096;
 
 /// Makes a memfd that can be exported into: long enough for the header, unable to shrink.
 ///
@@ -15,7 +16,7 @@ use super::layout::HEADER_BYTES;
 /// No descriptors or no memory are left.
 pub fn memfd(name: &str) -> io::Result<OwnedFd> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
-    ftruncate(&fd, HEADER_BYTES.cast_signed())?;
+    ftruncate(&fd, LENGTH)?;
     fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))?;
     Ok(fd)
 }

@@ -2,7 +2,7 @@
 //!
 //! The reader's process makes a memfd, seals it against shrinking ([`memfd`]) and passes it to
 //! QEMU, which maps it and writes its dirty bitmaps there after every sync. Nothing flows back:
-//! the writer never reads what it did not write itself, and the reader maps the file read-only.
+//! the writer keeps its counters to itself, and the reader maps the file read-only.
 //! The file may have any size at first; the writer makes it longer when its layout needs that.
 //!
 //! # Format, version 1

@@ -93,7 +93,7 @@ impl Bitmap for Rounds {
         }
         let before = match self.last {
             Some((mode, round)) if mode == header.mode && round < header.round => round,
-            Some(_) => 0,              // another migration, or none any more: it counts from 1
+            Some(_) => 0, // another migration, or none any more: it counts from 1
             None => header.round - header.round.min(1), // what was before us is no loss
         };
         let round = Round {

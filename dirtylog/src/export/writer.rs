@@ -73,6 +73,11 @@ pub struct Writer {
     blocks: Vec<BlockSpec>,
     places: Vec<Place>,
     used_bytes: u64,
+    /// The header's counters. The file is not asked for them: others can write to it too.
+    sequence: u64,
+    generation: u64,
+    syncs: u64,
+    spent: Duration,
     /// The table in the file is not that of `blocks`.
     table_pending: bool,
 }
@@ -82,18 +87,26 @@ impl Writer {
     ///
     /// # Errors
     /// The file cannot be mapped safely, or there cannot be such blocks.
-    pub fn new(fd: OwnedFd, page_size_bytes: u32, blocks: &[BlockSpec]) -> Result<Self, WriteError> {
+    pub fn new(
+        fd: OwnedFd,
+        page_size_bytes: u32,
+        blocks: &[BlockSpec],
+    ) -> Result<Self, WriteError> {
         if !page_size_bytes.is_power_of_two() || !PAGE_SIZES.contains(&page_size_bytes) {
             return Err(WriteError::PageSize(page_size_bytes));
         }
         let map = WriteMap::new(fd.as_fd(), HEADER_BYTES)?;
         let mut writer = Self {
+            sequence: map.word(word::SEQUENCE),
+            generation: map.word(word::GENERATION),
             fd,
             map,
             page_size_bytes,
             blocks: Vec::new(),
             places: Vec::new(),
             used_bytes: 0,
+            syncs: 0,
+            spent: Duration::ZERO,
             table_pending: true,
         };
         writer.set_blocks(blocks)?;
@@ -117,7 +130,9 @@ impl Writer {
         let mut end = HEADER_BYTES + blocks.len() as u64 * ENTRY_BYTES;
         let mut places = Vec::new();
         for block in blocks {
-            let pages = block.used_length_bytes.div_ceil(self.page_size_bytes.into());
+            let pages = block
+                .used_length_bytes
+                .div_ceil(self.page_size_bytes.into());
             // Bitmaps begin on cache lines of their own.
             let bytes = (words_for(pages) as u64 * 8).next_multiple_of(64);
             let unsent = end.next_multiple_of(64);
@@ -141,8 +156,8 @@ impl Writer {
     /// If the blocks changed, all bitmaps begin empty. Otherwise those that are not written again
     /// stay as they were.
     pub fn begin(&mut self) -> Update<'_> {
-        let sequence = self.map.word(word::SEQUENCE) | 1;
-        self.map.store(word::SEQUENCE, sequence);
+        self.sequence |= 1;
+        self.map.store(word::SEQUENCE, self.sequence);
         WriteMap::barrier();
         if self.table_pending {
             self.write_table();
@@ -150,18 +165,17 @@ impl Writer {
         }
         Update {
             writer: self,
-            sequence,
             unsent_valid: false,
         }
     }
 
-    fn write_table(&self) {
+    fn write_table(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
         let store = |index, word| self.map.store(index, word);
-        let generation = self.map.word(word::GENERATION).wrapping_add(1);
         let page_size = u64::from(self.page_size_bytes) << 32;
         store(word::MAGIC, MAGIC);
         store(word::VERSION_PAGE_SIZE, u64::from(VERSION) | page_size);
-        store(word::GENERATION, generation);
+        store(word::GENERATION, self.generation);
         store(word::USED, self.used_bytes);
         let entry_words = index(ENTRY_BYTES / 8);
         let mut first = index(HEADER_BYTES / 8);
@@ -191,7 +205,6 @@ impl Writer {
 #[derive(Debug)]
 pub struct Update<'a> {
     writer: &'a mut Writer,
-    sequence: u64,
     unsent_valid: bool,
 }
 
@@ -224,21 +237,24 @@ impl Update<'_> {
 
     /// Lets readers see the update.
     pub fn finish(self, sync: Sync) {
-        let map = &self.writer.map;
+        let writer = self.writer;
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let set = |flag, on| if on { flag } else { 0 };
         let flags = set(flag::UNSENT_VALID, self.unsent_valid)
             | set(flag::ROUND_ENDED, sync.round_ended)
             | set(flag::MIGRATING, sync.mode == Mode::Migrating)
             | set(flag::FINISHED, sync.finished);
-        let blocks = self.writer.blocks.len() as u64;
-        let spent = map.word(word::SPENT).wrapping_add(nanos(sync.spent));
-        map.store(word::SYNCS, map.word(word::SYNCS).wrapping_add(1));
+        let blocks = writer.blocks.len() as u64;
+        writer.syncs += 1;
+        writer.spent = writer.spent.saturating_add(sync.spent);
+        writer.sequence = writer.sequence.wrapping_add(1);
+        let map = &writer.map;
+        map.store(word::SYNCS, writer.syncs);
         map.store(word::ROUND, sync.round);
         map.store(word::ROUND_BEGIN, nanos(sync.round_begin));
         map.store(word::TIME, nanos(sync.time));
         map.store(word::FLAGS_BLOCKS, u64::from(flags) | blocks << 32);
-        map.store(word::SPENT, spent);
-        map.store_last(word::SEQUENCE, self.sequence.wrapping_add(1));
+        map.store(word::SPENT, nanos(writer.spent));
+        map.store_last(word::SEQUENCE, writer.sequence);
     }
 }

@@ -2,8 +2,9 @@
 //! code compiled for an instruction set that was found at run time.
 
 #[cfg(feature = "kvm")]
-#[cfg(any())]
 pub(crate) mod kvm;
+#[cfg(all(feature = "kvm", target_arch = "x86_64"))]
+pub(crate) mod machine;
 mod map;
 mod simd;
 
