@@ -36,7 +36,7 @@ pub mod export;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 mod pages;
-//rate
+pub mod rate;
 pub mod scan;
 #[allow(unsafe_code)]
 mod sys;

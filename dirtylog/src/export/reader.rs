@@ -165,7 +165,7 @@ impl Reader {
     /// # Errors
     /// Nothing, nothing whole or nothing valid is there.
     pub fn header(&mut self, retries: Retries) -> Result<Header, ReadError> {
-        self.retry(retries, Self::try_refresh)
+        self.retry(retries, |reader| reader.try_refresh(true))
     }
 
     /// The blocks of the latest export.
@@ -263,7 +263,7 @@ impl Reader {
     }
 
     /// Looks at the header, and at the table if that is a new one.
-    fn try_refresh(&mut self) -> Result<Option<Header>, ReadError> {
+    fn try_refresh(&mut self, may_remap: bool) -> Result<Option<Header>, ReadError> {
         let known = self.layout.as_ref().map(|layout| layout.generation);
         let copied = self.whole(|map| {
             let header = header_words(map);
@@ -281,7 +281,13 @@ impl Reader {
         if header.used_bytes > self.map.bytes() {
             let fd = self.fd.as_fd();
             self.map = ReadMap::new(fd, header.used_bytes, self.limits.file_bytes)?;
-            return Ok(None);
+            // Once more with all of the table in view. Whatever the header says by then, it is
+            // not followed further: that would be for as long as the writer likes.
+            return if may_remap {
+                self.try_refresh(false)
+            } else {
+                Ok(None)
+            };
         }
         match &self.layout {
             Some(layout) if layout.describes(&header)? => {}
@@ -291,7 +297,7 @@ impl Reader {
     }
 
     fn try_snapshot(&mut self, into: &mut Snapshot) -> Result<Option<()>, ReadError> {
-        if self.try_refresh()?.is_none() {
+        if self.try_refresh(true)?.is_none() {
             return Ok(None);
         }
         let Some(layout) = &self.layout else {

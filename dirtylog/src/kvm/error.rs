@@ -35,6 +35,15 @@ pub enum KvmError {
         /// The page, as reported.
         page: u64,
     },
+    /// The ring has no free entry left, which KVM must not let happen.
+    #[error(
+        "all {entries} entries of a dirty ring are in use, so pages may be missing in it: \
+         KVM did not stop the vCPU in time; the ring cannot be relied on here, use the bitmap"
+    )]
+    RingOverrun {
+        /// The ring's size.
+        entries: u32,
+    },
     /// The kernel took back another number of ring entries than were given back.
     #[error(
         "KVM_RESET_DIRTY_RINGS took back {taken} entries; expected {given}: \

@@ -1,35 +1,32 @@
 //! A tiny guest that writes exactly the pages it is told to: what KVM then reports can be
 //! compared with the truth.
 //!
-//! One vCPU in real mode with flat data segments runs a dozen bytes of code: for each address in a
-//! list, increment the byte there; then halt.
+//! One vCPU in real mode with flat data segments runs straight-line code that is made for each
+//! list of pages: an `inc byte [address]` for each of them, then `hlt`. One instruction a page is
+//! the fastest way to dirty memory, and so the hardest test of a dirty ring.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_MEM_LOG_DIRTY_PAGES};
 use kvm_ioctls::{Kvm, VcpuExit};
 
 use super::{KvmError, Vcpu, Vm};
 use crate::sys::machine::{Machine, Slot};
 use crate::{Pages, index};
 
-/// Where the code is, and the list.
+/// Where the code is.
 const CODE: u64 = 0x1000;
-const LIST: u64 = 0x2000;
-/// The slot of code and list is not logged.
+/// The memory that the code is in is not logged; real mode reaches no further.
 const PROGRAM_BYTES: usize = 0x10000;
 /// Where the logged memory begins.
 const DATA: u64 = 0x10_0000;
 
-/// `again: lodsd; inc byte [eax]; dec ecx; jnz again; hlt`, 16-bit code with 32-bit operands.
-const PROGRAM: [u8; 12] = [
-    0x67, 0x66, 0xad, // lodsd eax, [esi]
-    0x67, 0xfe, 0x00, // inc byte [eax]
-    0x66, 0x49, // dec ecx
-    0x75, 0xf6, // jnz again
-    0xf4, 0x90, // hlt; nop
-];
+/// `inc byte [disp32]` in 16-bit code; four bytes of address follow.
+const INCREMENT: [u8; 3] = [0x67, 0xfe, 0x05];
+/// `hlt`.
+const HALT: u8 = 0xf4;
 
 /// How the guest's writes are logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -57,6 +54,9 @@ pub enum GuestError {
     /// The wanted log is not to be had.
     #[error(transparent)]
     Log(#[from] KvmError),
+    /// A dirty ring wants to be collected; then [`Guest::resume`].
+    #[error("the dirty ring is full (KVM_EXIT_DIRTY_RING_FULL)")]
+    RingFull,
     /// The guest did something else than halt.
     #[error("the test guest left KVM_RUN with {0}; expected it to halt")]
     Exit(String),
@@ -74,6 +74,9 @@ fn failed<E: Into<io::Error>>(call: &'static str) -> impl Fn(E) -> GuestError {
 pub struct Guest {
     machine: Machine,
     pages: u64,
+    /// What it has not been told yet, and whether it has still to finish what it was told.
+    pending: VecDeque<u64>,
+    running: bool,
 }
 
 impl Guest {
@@ -113,7 +116,6 @@ impl Guest {
             },
         ];
         let mut machine = Machine::new(vm, &slots).map_err(failed("giving memory to the VM"))?;
-        machine.write(0, index(CODE), &PROGRAM);
         let mut sregs = machine
             .vcpu()
             .get_sregs()
@@ -131,6 +133,8 @@ impl Guest {
         Ok(Self {
             machine,
             pages: pages.0,
+            pending: VecDeque::new(),
+            running: false,
         })
     }
 
@@ -162,26 +166,52 @@ impl Guest {
     /// # Panics
     /// A page does not exist.
     pub fn write(&mut self, pages: &[u64]) -> Result<(), GuestError> {
-        let room = PROGRAM_BYTES / 4 - index(LIST) / 4;
-        pages.chunks(room).try_for_each(|part| self.run(part))
-    }
-
-    fn run(&mut self, pages: &[u64]) -> Result<(), GuestError> {
-        let mut list = Vec::new();
         for &page in pages {
             assert!(page < self.pages, "page {page} of {}", self.pages);
-            let address = u32::try_from(DATA + page * 4096).unwrap_or(u32::MAX);
-            list.extend(address.to_le_bytes());
         }
-        self.machine.write(0, index(LIST), &list);
+        self.pending.extend(pages);
+        self.resume()
+    }
+
+    /// Lets the guest go on with what it was told, after [`GuestError::RingFull`].
+    ///
+    /// # Errors
+    /// It does not get to the end.
+    pub fn resume(&mut self) -> Result<(), GuestError> {
+        loop {
+            if !self.running {
+                if self.pending.is_empty() {
+                    return Ok(());
+                }
+                self.prepare()?;
+                self.running = true;
+            }
+            let exit = self.machine.vcpu().run().map_err(failed("KVM_RUN"))?;
+            match exit {
+                VcpuExit::Hlt => self.running = false,
+                VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                    return Err(GuestError::RingFull);
+                }
+                other => return Err(GuestError::Exit(format!("{other:?}"))),
+            }
+        }
+    }
+
+    /// Makes code for as many of the pending pages as there is room for.
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        let room = (PROGRAM_BYTES - index(CODE) - 1) / (INCREMENT.len() + size_of::<u32>());
+        let count = self.pending.len().min(room);
+        let mut code = Vec::new();
+        for page in self.pending.drain(..count) {
+            let address = u32::try_from(DATA + page * 4096).unwrap_or(u32::MAX);
+            code.extend(INCREMENT);
+            code.extend(address.to_le_bytes());
+        }
+        code.push(HALT);
+        self.machine.write(0, index(CODE), &code);
         let vcpu = self.machine.vcpu();
         let mut regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
-        (regs.rip, regs.rsi, regs.rflags) = (CODE, LIST, 2);
-        regs.rcx = pages.len() as u64;
-        vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
-        match vcpu.run().map_err(failed("KVM_RUN"))? {
-            VcpuExit::Hlt => Ok(()),
-            other => Err(GuestError::Exit(format!("{other:?}"))),
-        }
+        (regs.rip, regs.rflags) = (CODE, 2);
+        vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
     }
 }

@@ -39,8 +39,7 @@ impl Ring {
         &mut self,
         mut visit: impl FnMut(u32, u64) -> Result<(), KvmError>,
     ) -> Result<u64, KvmError> {
-        // More than all entries at once can only be new ones: they are left for the next round,
-        // or a busy vCPU could keep us here for ever.
+        // Entries that were read are free only after the reset, so there are no more than this.
         for done in 0..self.entries {
             let position = index(self.next.into());
             let Some((slot, page)) = self.map.read(position, DIRTY) else {
@@ -50,7 +49,11 @@ impl Ring {
             self.map.give_back(position, RESET);
             self.next = self.next.wrapping_add(1) % self.entries;
         }
-        Ok(u64::from(self.entries))
+        // KVM keeps at least 64 entries free: it stops the vCPU before. Did it not, it may have
+        // written over others already.
+        Err(KvmError::RingOverrun {
+            entries: self.entries,
+        })
     }
 }
 
