@@ -32,7 +32,7 @@ compile_error!("dirtylog needs a 64-bit target: bitmaps and offsets are indexed 
 
 mod bitmap;
 pub mod export;
-//footprint
+pub mod footprint;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 mod pages;
