@@ -67,8 +67,8 @@ fn zipf() -> Trace {
 }
 
 fn sweep() -> Trace {
-    // Round and round through 30 000 pages, 1000 a tick.
-    Box::new(|now| tick((0..1000).map(move |i| (u64::from(now) * 1000 + i) % 30_000)))
+    // Round and round through 8000 pages, 1000 a tick.
+    Box::new(|now| tick((0..1000).map(move |i| (u64::from(now) * 1000 + i) % 8000)))
 }
 
 /// Busy and idle by turns; `dwell` gives the length of the next phase.
