@@ -83,7 +83,7 @@ fn export(criterion: &mut Criterion) {
         used_length_bytes: PAGES * 4096,
     };
     let mut writer = Writer::new(fd, 4096, &[block]).expect("writer");
-    let dirtied = PageSet::from_words(Pages(PAGES), bitmap(32 * MIB, 10));
+    let dirtied = PageSet::from_words(Pages(PAGES), bitmap(32 * MIB, 1000));
     let mut publish = move || {
         let mut update = writer.begin();
         update.dirtied(0, &dirtied);
@@ -104,6 +104,13 @@ fn export(criterion: &mut Criterion) {
         b.iter(|| {
             let count = |view: dirtylog::export::View| view.count();
             let visit = reader.with_block(0, Which::Dirtied, Retries::NONE, count);
+            assert!(matches!(visit, Ok(Visit::Whole(_))));
+        });
+    });
+    bench.bench_function("runs where they lie", |b| {
+        b.iter(|| {
+            let runs = |view: dirtylog::export::View| view.runs().count();
+            let visit = reader.with_block(0, Which::Dirtied, Retries::NONE, runs);
             assert!(matches!(visit, Ok(Visit::Whole(_))));
         });
     });

@@ -126,7 +126,7 @@ fn an_unfinished_update_is_torn_and_the_next_one_heals_it() {
     let (mut writer, mut reader) = pair(&[block("pc.ram", 64)]);
     writer.begin().finish(sync(1));
     reader.header(Retries::NONE).unwrap();
-    drop(writer.begin()); // the writer died here
+    let _ = writer.begin(); // the writer died here
     let retries = Retries {
         attempts: 3,
         pause: Duration::ZERO,

@@ -24,7 +24,7 @@ impl Random {
     }
 
     fn below(&mut self, n: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(n) >> 64)
+        ((u128::from(self.next()) * u128::from(n)) >> 64)
             .try_into()
             .unwrap()
     }

@@ -1,6 +1,6 @@
 //! The dirty log that a patched QEMU writes into shared memory, and its readers.
 //!
-//! The reader's process makes a memfd, seals it against shrinking ([`memfd`]) and passes it to
+//! The reader's process makes a memfd, seals it against shrinking ([`memfd()`]) and passes it to
 //! QEMU, which maps it and writes its dirty bitmaps there after every sync. Nothing flows back:
 //! the writer keeps its counters to itself, and the reader maps the file read-only.
 //! The file may have any size at first; the writer makes it longer when its layout needs that.

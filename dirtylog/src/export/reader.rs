@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use super::layout::{HEADER_BYTES, Header, Layout, LayoutError, word};
-use super::{Block, BlockBits, Limits, MapError, Snapshot};
-use crate::scan::{Runs, Words};
+use super::{Block, Limits, MapError, Snapshot};
+use crate::scan::{self, Runs, Words};
 use crate::sys::{ReadMap, SharedWords};
 use crate::{PageSet, Pages, index, valid_bits};
 
@@ -101,8 +101,19 @@ impl View<'_> {
     /// How many pages are set.
     #[must_use]
     pub fn count(&self) -> Pages {
-        let ones = |index| u64::from(self.word(index).count_ones());
-        Pages((0..self.word_count()).map(ones).sum())
+        // By pieces that stay in the first-level cache: shared words can only be loaded one by
+        // one, private ones are counted by vectors.
+        let mut piece = [0; 512];
+        let mut total = 0;
+        for first in (0..self.word_count()).step_by(piece.len()) {
+            let count = piece.len().min(self.word_count() - first);
+            self.words.part(first, count).copy_to(&mut piece[..count]);
+            if first + count == self.word_count() {
+                piece[count - 1] &= valid_bits(self.pages, first + count - 1);
+            }
+            total += scan::count(&piece[..count]);
+        }
+        Pages(total)
     }
 
     /// The runs of set pages.
@@ -127,6 +138,13 @@ impl Words for View<'_> {
 
     fn word(&self, index: usize) -> u64 {
         self.words.word(index) & valid_bits(self.pages, index)
+    }
+
+    fn next_nonzero(&self, from: usize) -> Option<(usize, u64)> {
+        let (index, word) = self.words.next_nonzero(from)?;
+        // In the last word, only bits beyond the last page may be set; then there are no more.
+        let word = word & valid_bits(self.pages, index);
+        (word != 0).then_some((index, word))
     }
 }
 
@@ -304,12 +322,19 @@ impl Reader {
             return Ok(None);
         };
         into.fit(layout);
-        let (own_header, blocks) = into.parts();
+        let (own_header, blocks, unsent_filled) = into.parts();
         let copied = self.whole(|map| {
             let header = header_words(map);
+            let unsent_valid = Header::is_unsent_valid(&header);
             for (block, own) in layout.blocks.iter().zip(blocks) {
-                copy_block(map, block, own, Header::is_unsent_valid(&header));
+                copy(map, block.dirtied_word, &mut own.dirtied);
+                if unsent_valid {
+                    copy(map, block.unsent_word, &mut own.unsent);
+                } else if *unsent_filled {
+                    own.unsent.words_mut().fill(0);
+                }
             }
+            *unsent_filled = unsent_valid;
             header
         })?;
         let Some(words) = copied else {
@@ -338,16 +363,8 @@ fn table_words(map: &ReadMap, header: &[u64; word::COUNT]) -> Vec<u64> {
     table
 }
 
-fn copy_block(map: &ReadMap, block: &Block, own: &mut BlockBits, unsent_valid: bool) {
-    let words = block.words();
-    map.words(block.dirtied_word, words)
-        .copy_to(own.dirtied.words_mut());
-    own.dirtied.mask_tail();
-    if unsent_valid {
-        map.words(block.unsent_word, words)
-            .copy_to(own.unsent.words_mut());
-        own.unsent.mask_tail();
-    } else {
-        own.unsent.words_mut().fill(0);
-    }
+fn copy(map: &ReadMap, first: usize, own: &mut PageSet) {
+    let words = own.words().len();
+    map.words(first, words).copy_to(own.words_mut());
+    own.mask_tail();
 }

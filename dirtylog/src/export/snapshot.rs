@@ -23,6 +23,8 @@ pub struct BlockBits {
 pub struct Snapshot {
     header: Option<Header>,
     blocks: Vec<BlockBits>,
+    /// Whether the "dirty or unsent" bitmaps may hold anything.
+    unsent_filled: bool,
 }
 
 impl Snapshot {
@@ -64,7 +66,9 @@ impl Snapshot {
         self.blocks = fresh.collect();
     }
 
-    pub(super) fn parts(&mut self) -> (&mut Option<Header>, &mut [BlockBits]) {
-        (&mut self.header, &mut self.blocks)
+    /// The parts to fill. The header goes first: a snapshot that is interrupted has none.
+    pub(super) fn parts(&mut self) -> (&mut Option<Header>, &mut [BlockBits], &mut bool) {
+        self.header = None;
+        (&mut self.header, &mut self.blocks, &mut self.unsent_filled)
     }
 }

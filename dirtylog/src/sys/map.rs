@@ -129,6 +129,11 @@ impl ReadMap {
 pub(crate) struct SharedWords<'a>(&'a [AtomicU64]);
 
 impl SharedWords<'_> {
+    /// Words `first..first + count` of these.
+    pub(crate) fn part(&self, first: usize, count: usize) -> Self {
+        Self(&self.0[first..first + count])
+    }
+
     /// Copies the words; `into` has as many.
     pub(crate) fn copy_to(&self, into: &mut [u64]) {
         for (shared, own) in self.0.iter().zip(into) {
@@ -144,6 +149,13 @@ impl Words for SharedWords<'_> {
 
     fn word(&self, index: usize) -> u64 {
         u64::from_le(self.0[index].load(Ordering::Relaxed))
+    }
+
+    fn next_nonzero(&self, from: usize) -> Option<(usize, u64)> {
+        let rest = self.0.get(from..)?.iter().enumerate();
+        let mut words = rest.map(|(index, word)| (from + index, word.load(Ordering::Relaxed)));
+        let (index, word) = words.find(|&(_, word)| word != 0)?;
+        Some((index, u64::from_le(word)))
     }
 }
 
