@@ -11,15 +11,7 @@ use dirtylog::export::{
     Sync, Visit, Which, WriteError, Writer, memfd,
 };
 use dirtylog::{Bitmap, PageSet, Pages};
-use proptest::prelude::*;
-use raw::{RawExport, sync};
-
-fn block(name: &str, pages: u64) -> BlockSpec {
-    BlockSpec {
-        name: name.to_owned(),
-        used_length_bytes: pages * 4096,
-    }
-}
+use raw::{RawExport, block, sync};
 
 fn pair(blocks: &[BlockSpec]) -> (Writer, Reader) {
     let fd = memfd("export").unwrap();
@@ -235,7 +227,7 @@ fn unsafe_files_are_refused() {
         matches!(error, MapError::NoSeals(_) | MapError::MayShrink),
         "{error}"
     );
-    let (_, pipe) = std::io::pipe().unwrap();
+    let (pipe, _) = std::os::unix::net::UnixStream::pair().unwrap();
     assert!(matches!(refused(pipe.into()), MapError::NoSeals(_)));
     let limits = Limits { file_bytes: 100 };
     let error = Reader::new(memfd("long").unwrap(), limits).unwrap_err();
@@ -351,58 +343,4 @@ fn lies_are_named() {
         silent,
         Err(ReadError::Layout(LayoutError::SilentChange))
     ));
-}
-
-/// Values that lie near something that matters, or anywhere.
-fn value() -> impl Strategy<Value = u64> {
-    prop_oneof![
-        any::<u64>(),
-        (0..0x4000_u64),
-        (0..64_u32).prop_map(|bit| 1 << bit),
-        (0..64_u64).prop_map(|n| u64::MAX - n),
-    ]
-}
-
-proptest! {
-    /// Whatever the file holds, reading it gives a result or an error, and never more pages than
-    /// there are.
-    #[test]
-    fn corrupted_files_are_survived(
-        lies in proptest::collection::vec(
-            (prop_oneof![0..12_usize, 512..600_usize, 0..1000_usize], value()),
-            0..6,
-        ),
-    ) {
-        let raw = RawExport::new(&[block("a", 100), block("b", 5000)]);
-        let limits = Limits { file_bytes: 1 << 20 };
-        let mut reader = raw.reader(limits);
-        let mut snapshot = Snapshot::new();
-        prop_assert!(reader.snapshot(&mut snapshot, Retries::NONE).is_ok());
-        for (word, value) in lies {
-            raw.store(word, value);
-            let fresh = raw.reader(limits).snapshot(&mut Snapshot::new(), Retries::NONE);
-            let known = reader.snapshot(&mut snapshot, Retries::NONE);
-            if fresh.is_ok() && known.is_ok() {
-                for block in snapshot.blocks() {
-                    prop_assert!(block.dirtied.count() <= block.dirtied.pages());
-                }
-            }
-            for index in 0..3 {
-                let _ = reader.with_block(index, Which::Unsent, Retries::NONE, |view| {
-                    (view.count(), view.runs().count())
-                });
-            }
-        }
-    }
-
-    /// The same with nothing right to begin with.
-    #[test]
-    fn random_files_are_survived(words in proptest::collection::vec(value(), 0..700)) {
-        let raw = RawExport::new(&[]);
-        for (index, word) in words.into_iter().enumerate() {
-            raw.store(index + 1, word);
-        }
-        let mut reader = raw.reader(Limits { file_bytes: 1 << 20 });
-        let _ = reader.snapshot(&mut Snapshot::new(), Retries::NONE);
-    }
 }

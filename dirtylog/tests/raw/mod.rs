@@ -1,10 +1,20 @@
 //! An export whose words can be changed behind the writer's back.
 
+#![allow(dead_code)] // each test crate uses a part of it
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use dirtylog::export::{BlockSpec, Limits, Mode, Reader, Sync, Writer, memfd};
+
+/// A block of `pages` of 4 KiB.
+pub fn block(name: &str, pages: u64) -> BlockSpec {
+    BlockSpec {
+        name: name.to_owned(),
+        used_length_bytes: pages * 4096,
+    }
+}
 
 /// A round of a second.
 pub fn sync(round: u64) -> Sync {
