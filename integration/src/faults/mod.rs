@@ -2,7 +2,7 @@
 //! and real signals; and what must come of it.
 //!
 //! - [`cell`]: the cells, and what is expected of each.
-//! - [`play`]: one cell from beginning to end; [`steer`], [`log`] and [`aftermath`] serve it.
+//! - [`mod@play`]: one cell from beginning to end; [`steer`], [`log`] and [`aftermath`] serve it.
 //! - [`bad_days`]: what is wrong without anybody dying.
 //! - [`table`]: the result for people and programs.
 

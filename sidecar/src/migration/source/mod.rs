@@ -1,0 +1,428 @@
+//! The source's half of a move: QEMU through pre-copy, hold, release and stop-and-copy.
+//!
+//! ```text
+//! preparing → prepared → precopy → held ⇄ armed → stopped → switching → arrived → committed
+//!                 └──────────── anything wrong ────────────┴─► rolling-back → rolled-back
+//! ```
+//!
+//! Stock QEMU is held by keeping its SWITCHOVER_ACK in the relay; `release` lets it through. The
+//! release then pauses the VM (`pause-before-switchover`), `continue` lets it go on.
+
+mod monitor;
+mod settle;
+mod setup;
+mod steps;
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::identity::{Identity, Question};
+use super::{Half, Now, Output};
+use crate::commit::SourceHalf;
+use crate::hold::{HoldPacer, Rounds, Sample};
+use crate::protocol::command::Termination;
+use crate::protocol::types::{Phase, Role, VmReport};
+use crate::qmp::QmpClient;
+
+/// How often a migration is looked at.
+const POLL: Duration = Duration::from_millis(100);
+/// … while armed, and just after.
+const QUICK_POLL: Duration = Duration::from_millis(10);
+/// After the migration ended and the VM's run state does not tell it yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// How long QEMU may take to answer anything but in stop-and-copy.
+const ANSWER: Duration = Duration::from_secs(2);
+/// After `arm`, QEMU sends at full speed for so long before what remains is reported.
+const ARM_TIME: Duration = Duration::from_millis(50);
+/// QEMU pauses within this time after a release.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
+/// Stop-and-copy may take three times what is predicted, and so much more.
+const SWITCH_SLACK: Duration = Duration::from_secs(2);
+/// Effectively no limit; QEMU takes values below 10 B/s as none.
+const FULL_SPEED: u64 = 1 << 40;
+/// QEMU's largest downtime-limit, in ms: the acknowledgement alone decides.
+const ANY_DOWNTIME_MS: u64 = 2_000_000;
+
+/// What a run says about its sources.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// The group's downtime limit.
+    pub max_downtime: Duration,
+    /// Keep in wait-and-copy until released.
+    pub hold: bool,
+    /// Allow throttling.
+    pub throttle: bool,
+    /// multifd channels, 0 for none.
+    pub multifd_channels: u8,
+    /// When pre-copy ends.
+    pub termination: Termination,
+}
+
+/// Which command an answer belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tag {
+    /// One of the questions of the identification.
+    Ask(Question),
+    /// Capabilities for the run.
+    SetCapabilities,
+    /// Parameters for the run.
+    SetParameters,
+    /// `migrate`.
+    Start,
+    /// `query-migrate`, periodically.
+    Poll,
+    /// `query-migrate` just after the VM was paused.
+    Paused,
+    /// A parameter changed on the way.
+    Tune,
+    /// Full speed before a release.
+    Arm,
+    /// `migrate-continue`.
+    Continue,
+    /// `migrate_cancel`.
+    Cancel,
+    /// `query-migrate` after it: there may have been nothing to cancel.
+    Cancelled,
+    /// `yank`.
+    Yank,
+    /// `query-status` after the migration ended; what it ended as.
+    Ended,
+    /// `cont`.
+    Resume,
+    /// `quit`.
+    Quit,
+    /// Capabilities as found.
+    RestoreCapabilities,
+    /// Parameters as found.
+    RestoreParameters,
+    /// vCPU throttle in percent.
+    Throttle(u8),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AfterNote {
+    Configure,
+    Start,
+    Arm,
+}
+
+/// The machine. See the module.
+#[derive(Debug)]
+pub struct Source {
+    /// What it shares with the other half.
+    pub half: Half,
+    /// The monitor, while connected.
+    pub qmp: Option<QmpClient<Tag>>,
+    /// Measured speed of the stream, kept up to date by the daemon.
+    pub rate_bytes_per_s: u64,
+    /// What is put back afterwards: capabilities and parameters as found.
+    pub originals: Option<(Value, Value)>,
+    /// Whether the guest ran before the move (else it stays paused after it).
+    pub was_running: bool,
+    settings: Settings,
+    state: SourceHalf,
+    identity: Identity,
+    adopting: bool,
+    started: bool,
+    rounds: Option<Rounds>,
+    last: Option<Sample>,
+    throttle_percent: u8,
+    remaining_at_release: Option<u64>,
+    next_poll: Option<Instant>,
+    look_at_end: Option<Instant>,
+    pacer: Option<HoldPacer>,
+    armed_at: Option<Instant>,
+    next_armed: Option<Instant>,
+    release_by: Option<Instant>,
+    switch_by: Option<Instant>,
+    after_note: Option<AfterNote>,
+    capabilities: Value,
+    note_released: bool,
+    wants_out: bool,
+    cancelling: bool,
+    resuming: bool,
+    quitting: Option<Instant>,
+    restoring: u8,
+    settled: bool,
+    hung: bool,
+    /// A guest that was paused before the move switches over without an acknowledgement, and
+    /// waits in pre-switchover: there is nothing to hold.
+    waits_paused: bool,
+    reconnect_at: Option<Instant>,
+}
+
+impl Source {
+    /// Begins to prepare a VM that runs here.
+    #[must_use]
+    pub fn new(now: Now, name: String, uuid: uuid::Uuid, settings: Settings) -> Self {
+        let mut half = Half::new(now, name, uuid, Role::Source);
+        half.put(Output::ConnectQmp);
+        Self {
+            half,
+            qmp: None,
+            rate_bytes_per_s: 0,
+            originals: None,
+            was_running: true,
+            settings,
+            state: SourceHalf::Reversible,
+            identity: Identity::default(),
+            adopting: false,
+            started: false,
+            rounds: None,
+            last: None,
+            throttle_percent: 0,
+            remaining_at_release: None,
+            next_poll: None,
+            look_at_end: None,
+            pacer: None,
+            armed_at: None,
+            next_armed: None,
+            release_by: None,
+            switch_by: None,
+            after_note: None,
+            capabilities: Value::Null,
+            note_released: false,
+            wants_out: false,
+            cancelling: false,
+            resuming: false,
+            quitting: None,
+            restoring: 0,
+            settled: false,
+            hung: false,
+            waits_paused: false,
+            reconnect_at: None,
+        }
+    }
+
+    /// Takes over a VM that an earlier life of this sidecar was moving.
+    #[must_use]
+    pub fn adopt(
+        now: Now,
+        name: String,
+        uuid: uuid::Uuid,
+        settings: Settings,
+        released: bool,
+        originals: Option<(Value, Value)>,
+        was_running: bool,
+    ) -> Self {
+        let mut source = Self::new(now, name, uuid, settings);
+        source.adopting = true;
+        source.started = true;
+        source.note_released = released;
+        source.originals = originals;
+        source.was_running = was_running;
+        source.wants_out = true;
+        source.state = if released {
+            SourceHalf::Released
+        } else {
+            SourceHalf::Reversible
+        };
+        source.half.enter(now, Phase::RollingBack);
+        source
+    }
+
+    /// What `commit` is asked about.
+    #[must_use]
+    pub fn state(&self) -> SourceHalf {
+        self.state
+    }
+
+    /// Whether this half wants out by itself.
+    #[must_use]
+    pub fn wants_out(&self) -> bool {
+        self.wants_out
+    }
+
+    /// Whether the note on disk must say that the VM may complete.
+    #[must_use]
+    pub fn note_released(&self) -> bool {
+        self.note_released
+    }
+
+    /// Whether the VM was given leave to complete.
+    #[must_use]
+    pub fn is_prepared(&self) -> bool {
+        self.half.phase() != Phase::Preparing
+    }
+
+    /// The report of this half.
+    #[must_use]
+    pub fn report(&self) -> VmReport {
+        let mut report = self.half.report();
+        if let Some(sample) = self.last {
+            report.remaining_bytes = sample.remaining_bytes;
+            report.dirty_rate_bytes_per_s = sample.dirty_rate_bytes_per_s;
+        }
+        if let Some(rounds) = &self.rounds {
+            report.round = rounds.current();
+            report.rounds = rounds.finished().to_vec();
+        }
+        if matches!(self.state, SourceHalf::Completed | SourceHalf::Quit) {
+            report.remaining_bytes = 0;
+        }
+        report.rate_bytes_per_s = self.rate_bytes_per_s;
+        report.throttle_percent = self.throttle_percent;
+        report.remaining_at_release_bytes = self.remaining_at_release;
+        report
+    }
+
+    fn send(&mut self, now: Now, tag: Tag, command: &str, arguments: Value) {
+        if let Some(qmp) = &mut self.qmp {
+            qmp.send(now.mono, tag, command, arguments, ANSWER);
+        }
+    }
+
+    /// The stream broke. QEMU will say the same; this says why.
+    pub fn stream_failed(&mut self, error: &str) {
+        if self.started && !matches!(self.state, SourceHalf::Completed | SourceHalf::Quit) {
+            self.wants_out = true;
+            self.half
+                .secondary_fault(format!("the migration stream broke: {error}"));
+        }
+    }
+
+    /// Something failed here: tell it, and want out.
+    pub fn fail(&mut self, error: impl Into<String>, lost: bool) {
+        self.wants_out = true;
+        let error = error.into();
+        self.half.fault(error, lost);
+    }
+
+    /// The monitor was connected.
+    pub fn qmp_connected(&mut self, now: Now) {
+        self.qmp = Some(QmpClient::new(now.mono));
+        self.reconnect_at = None;
+    }
+
+    /// The monitor could not be connected, or its connection ended.
+    pub fn qmp_closed(&mut self, now: Now, error: &str, process_alive: bool) {
+        let was_connected = self.qmp.take().is_some();
+        if self.quitting.is_some() || self.half.phase().is_final() {
+            return;
+        }
+        if was_connected && !process_alive {
+            self.process_gone(now);
+            return;
+        }
+        if process_alive {
+            self.reconnect_at = Some(now.mono + POLL * 2);
+        } else if self.adopting {
+            // It ended while nobody watched it.
+            self.process_gone(now);
+        } else if self.half.phase() == Phase::Preparing {
+            self.fail(error, false);
+            self.state = SourceHalf::RunsAgain {
+                was_released: false,
+            };
+            self.settled = true;
+        }
+        if self.half.error().is_none() && !process_alive {
+            self.fail(format!("the connection to QEMU ended: {error}"), false);
+        }
+    }
+
+    /// The QEMU process is gone.
+    pub fn process_gone(&mut self, now: Now) {
+        self.qmp = None;
+        self.reconnect_at = None;
+        if self.quitting.take().is_some() {
+            self.state = SourceHalf::Quit;
+            self.settled = true;
+            return;
+        }
+        if self.half.phase().is_final() || matches!(self.state, SourceHalf::Dead { .. }) {
+            return;
+        }
+        let was_released = matches!(
+            self.state,
+            SourceHalf::Released
+                | SourceHalf::Completed
+                | SourceHalf::RunsAgain { was_released: true }
+        );
+        let completed = self.state == SourceHalf::Completed;
+        self.state = SourceHalf::Dead { was_released };
+        self.settled = true;
+        self.half.put(Output::CutStream);
+        let error = "the source's QEMU process ended unexpectedly";
+        if completed {
+            // The copy at the destination is whole: no reason of ours to propose `abort`.
+            self.half.fault(error, true);
+        } else {
+            self.half.enter(now, Phase::RollingBack);
+            self.fail(error, true);
+        }
+    }
+
+    /// When [`Self::tick`] wants to be called.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let qmp = self
+            .qmp
+            .as_ref()
+            .filter(|_| !self.hung)
+            .and_then(QmpClient::deadline);
+        let quitting = self.quitting;
+        [
+            qmp,
+            self.next_poll,
+            self.look_at_end,
+            self.release_by,
+            self.switch_by,
+            self.reconnect_at,
+            quitting,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Does what is due.
+    pub fn tick(&mut self, now: Now) {
+        if self.look_at_end.is_some_and(|at| at <= now.mono) {
+            self.look_at_end = None;
+            self.send(now, Tag::Ended, "query-status", Value::Null);
+        }
+        if self.next_poll.is_some_and(|at| at <= now.mono) {
+            let interval = if self.half.phase() == Phase::Armed {
+                QUICK_POLL
+            } else {
+                POLL
+            };
+            self.next_poll = Some(now.mono + interval);
+            if self.qmp.as_ref().is_some_and(QmpClient::is_quiet) {
+                self.send(now, Tag::Poll, "query-migrate", Value::Null);
+            }
+        }
+        if self.reconnect_at.is_some_and(|at| at <= now.mono) {
+            self.reconnect_at = None;
+            self.half.put(Output::ConnectQmp);
+        }
+        if self.release_by.is_some_and(|at| at <= now.mono) {
+            self.release_by = None;
+            self.fail(
+                "QEMU did not pause the VM within 2 s after its release",
+                false,
+            );
+        }
+        if self.switch_by.is_some_and(|at| at <= now.mono) {
+            self.switch_by = None;
+            self.fail(
+                "stop-and-copy takes far longer than predicted; its stream was cut",
+                false,
+            );
+            self.yank(now);
+        }
+        if self.quitting.is_some_and(|at| at <= now.mono) {
+            self.quitting = Some(now.mono + ANSWER);
+            self.half.put(Output::Kill);
+        }
+        if let (false, Some(qmp)) = (self.hung, &self.qmp) {
+            if let Some(error) = qmp.overdue(now.mono) {
+                self.hung = true;
+                self.fail(error.to_string(), false);
+                self.half.put(Output::CutStream);
+            }
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The way out: what `commit` says is done here, and what was changed is put back.
+
+use serde_json::Value;
+
+use super::{ANSWER, Source, Tag};
+use crate::commit::{End, Next, SourceHalf};
+use crate::migration::{Now, Output};
+use crate::protocol::event::Event;
+use crate::protocol::types::{Phase, Role, Side};
+
+impl Source {
+    /// Carries out what `commit` says.
+    pub fn perform(&mut self, now: Now, next: Next) {
+        match next {
+            Next::Cancel => self.cancel(now),
+            Next::Resume if !self.resuming => {
+                self.resuming = true;
+                self.half.enter(now, Phase::RollingBack);
+                if self.was_running {
+                    self.send(now, Tag::Resume, "cont", Value::Null);
+                } else {
+                    self.runs_again(now);
+                }
+            }
+            Next::Quit if self.quitting.is_none() => {
+                self.half.enter(now, Phase::Committing);
+                self.quitting = Some(now.mono + ANSWER);
+                self.send(now, Tag::Quit, "quit", Value::Null);
+            }
+            Next::End(end) if self.settled => self.end(now, end),
+            _ => {}
+        }
+    }
+
+    pub(super) fn cancel(&mut self, now: Now) {
+        if self.cancelling {
+            return;
+        }
+        self.cancelling = true;
+        self.wants_out = true;
+        self.after_note = None;
+        self.release_by = None;
+        self.half.enter(now, Phase::RollingBack);
+        self.half.put(Output::CutStream);
+        self.next_poll = None;
+        if self.started && self.rounds.is_some() || self.adopting {
+            self.send(now, Tag::Cancel, "migrate_cancel", Value::Null);
+        } else {
+            self.runs_again(now);
+        }
+    }
+
+    /// The VM runs here for good: put back what was changed.
+    pub(super) fn runs_again(&mut self, now: Now) {
+        if matches!(self.state, SourceHalf::RunsAgain { .. }) {
+            return;
+        }
+        let was_released = matches!(self.state, SourceHalf::Released | SourceHalf::Completed);
+        self.state = SourceHalf::RunsAgain { was_released };
+        self.half.put(Output::CutStream);
+        self.half.enter(now, Phase::RollingBack);
+        self.next_poll = None;
+        self.switch_by = None;
+        self.release_by = None;
+        match (self.originals.take(), self.qmp.is_some()) {
+            (Some((capabilities, parameters)), true) => {
+                self.restoring = 2;
+                self.send(
+                    now,
+                    Tag::RestoreCapabilities,
+                    "migrate-set-capabilities",
+                    capabilities,
+                );
+                self.send(
+                    now,
+                    Tag::RestoreParameters,
+                    "migrate-set-parameters",
+                    parameters,
+                );
+            }
+            _ => self.settled = true,
+        }
+    }
+
+    pub(super) fn end(&mut self, now: Now, end: End) {
+        if self.half.phase().is_final() {
+            return;
+        }
+        let vm = self.half.name.clone();
+        let role = Role::Source;
+        let reason = self.half.error().map(str::to_owned);
+        match end {
+            End::Committed => {
+                self.half.enter(now, Phase::Committed);
+                self.half.tell(Event::Committed {
+                    vm,
+                    role,
+                    resumed_at_us: None,
+                });
+            }
+            End::RolledBack => {
+                self.half.enter(now, Phase::RolledBack);
+                self.half.tell(Event::RolledBack { vm, role, reason });
+            }
+            End::Diverged(side) => {
+                let phase = match side {
+                    Side::Source => Phase::RolledBack,
+                    Side::Destination => Phase::Committed,
+                };
+                self.half.enter(now, phase);
+                let reason = "its other copy was lost; this one was the last complete one".into();
+                self.half.tell(Event::Diverged { vm, side, reason });
+            }
+            End::Lost => self.half.enter(now, Phase::Failed),
+        }
+    }
+
+    pub(super) fn restored(&mut self) {
+        self.restoring = self.restoring.saturating_sub(1);
+        self.settled |= self.restoring == 0;
+    }
+}

@@ -1,0 +1,124 @@
+//! Who the QEMU is, what it can do, and what the run needs of it.
+
+use serde_json::{Value, json};
+
+use super::{AfterNote, FULL_SPEED, Source, Tag};
+use crate::commit::SourceHalf;
+use crate::migration::identity::{CapabilityPlan, Identity, Question};
+use crate::migration::{Now, Output};
+use crate::protocol::event::Event;
+use crate::protocol::types::{Phase, Role};
+
+impl Source {
+    pub(super) fn ready(&mut self, now: Now, version: String) {
+        self.identity = Identity::new(version);
+        for question in Question::ALL {
+            let (command, arguments) = question.command();
+            self.send(now, Tag::Ask(question), command, arguments);
+        }
+    }
+
+    /// Says PREPARED, again if `prepare` is repeated.
+    pub fn tell_prepared(&mut self) {
+        let event = Event::Prepared {
+            vm: self.half.name.clone(),
+            role: Role::Source,
+            stream: None,
+            memory_bytes: self.half.total_bytes,
+            qemu_version: self.identity.version.clone(),
+        };
+        self.half.tell(event);
+    }
+
+    pub(super) fn parameters(&self) -> Value {
+        let mut parameters = json!({
+            "max-bandwidth": FULL_SPEED,
+            "downtime-limit": crate::hold::millis(self.settings.max_downtime),
+        });
+        if self.settings.multifd_channels > 0 {
+            parameters["multifd-channels"] = json!(self.settings.multifd_channels);
+        }
+        if self.settings.throttle {
+            parameters["cpu-throttle-initial"] = json!(1);
+            parameters["max-cpu-throttle"] = json!(1);
+            parameters["cpu-throttle-increment"] = json!(99);
+            parameters["throttle-trigger-threshold"] = json!(100);
+        }
+        parameters
+    }
+
+    pub(super) fn identified(&mut self, now: Now) {
+        self.half.total_bytes = self.identity.memory_bytes;
+        if self.adopting {
+            self.adopted(now);
+            return;
+        }
+        if self.half.phase() != Phase::Preparing {
+            return;
+        }
+        let plan = CapabilityPlan {
+            hold: self.settings.hold,
+            pause: self.settings.hold,
+            throttle: self.settings.throttle,
+            multifd: self.settings.multifd_channels > 0,
+        };
+        let identity = &self.identity;
+        let problem = if identity.uuid != self.half.uuid {
+            Some(format!(
+                "the VM behind this monitor has UUID {}, expected {}: check `uuid` in the \
+                 application file and the monitor's path",
+                identity.uuid, self.half.uuid
+            ))
+        } else if !matches!(
+            identity.status.as_str(),
+            "running" | "paused" | "postmigrate"
+        ) {
+            Some(format!(
+                "the VM is `{}`; only a running or paused VM can be moved",
+                identity.status
+            ))
+        } else if identity.is_migrating() {
+            Some(format!(
+                "a migration is already going on (`{}`): wait for it or cancel it",
+                identity.migration
+            ))
+        } else {
+            plan.missing(identity)
+        };
+        if let Some(problem) = problem {
+            self.fail(problem, false);
+            self.state = SourceHalf::RunsAgain {
+                was_released: false,
+            };
+            self.settled = true;
+            return;
+        }
+        self.was_running = identity.status == "running";
+        let capabilities = plan.arguments(identity);
+        let back = (
+            identity.original_capabilities(&capabilities),
+            identity.original_parameters(&self.parameters()),
+        );
+        self.originals = Some(back);
+        // What was found is on disk before anything is changed.
+        self.capabilities = capabilities;
+        self.after_note = Some(AfterNote::Configure);
+        self.half.put(Output::SaveNote);
+    }
+
+    /// After a restart of the sidecar: what did the VM become meanwhile?
+    pub(super) fn adopted(&mut self, now: Now) {
+        let running = self.identity.status == "running";
+        match self.identity.migration.as_str() {
+            "completed" if !running => self.completed(now),
+            "none" | "failed" | "cancelled" | "completed" if running || !self.was_running => {
+                self.runs_again(now);
+            }
+            "none" | "failed" | "cancelled" => {
+                self.send(now, Tag::Resume, "cont", Value::Null);
+            }
+            // Its stream died with the earlier life. One that completes all the same says so.
+            _ => self.send(now, Tag::Cancel, "migrate_cancel", Value::Null),
+        }
+    }
+}
