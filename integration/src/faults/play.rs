@@ -145,6 +145,8 @@ struct Play {
     baseline: Baseline,
     struck_at: Micros,
     run: Uuid,
+    /// The QEMU that is to be hit. Opened early: in stop-and-copy a QEMU may not answer.
+    qemu: Option<PidFd>,
     stopped: Option<PidFd>,
     _listener: Listener,
 }
@@ -169,6 +171,7 @@ impl Play {
             baseline,
             struck_at: Micros::now(),
             run: Uuid::nil(),
+            qemu: None,
             stopped: None,
             _listener: listener,
         })
@@ -194,6 +197,9 @@ impl Play {
 
     fn try_run(&mut self, row: &mut Row) -> Result<()> {
         let file = self.lab.application_file(FROM, TO)?;
+        if self.cell.target == Target::SourceQemu {
+            self.qemu = Some(self.first_qemu(FROM)?);
+        }
         let mut coordinator = Coordinator::start(&file, self.lab.directory(), &self.log)?;
         self.reach(&mut coordinator)?;
         self.check_phase()?;
@@ -245,6 +251,10 @@ impl Play {
                 points.nth(passed)
             });
             passed += 1;
+            let prepared = matches!(next, Some(Ok((At::DestinationPrepared, _))));
+            if prepared && self.cell.target == Target::DestinationQemu {
+                self.qemu = Some(self.first_qemu(TO)?);
+            }
             match next {
                 Some(Ok((at, run))) if at == wanted => {
                     self.run = run;
@@ -268,6 +278,12 @@ impl Play {
                 ),
             }
         }
+    }
+
+    /// The QEMU of the first VM on a host.
+    fn first_qemu(&self, host: &str) -> Result<PidFd> {
+        let guest = &self.lab.spec.guests[0].name;
+        Ok(PidFd::open(self.lab.monitor(guest, host)?.peer_pid()?)?)
     }
 
     fn reports(&self, host: &str) -> Result<Vec<VmReport>> {
@@ -345,16 +361,10 @@ impl Play {
     }
 
     fn strike(&mut self, coordinator: &mut Coordinator) -> Result<()> {
-        let guest = self.lab.spec.guests[0].name.clone();
         let process = match self.cell.target {
             Target::Coordinator => Some(coordinator.process.pidfd()?),
-            Target::SourceQemu => {
-                let pid = self.lab.monitor(&guest, FROM)?.peer_pid()?;
-                Some(PidFd::open(pid)?)
-            }
-            Target::DestinationQemu => {
-                let pid = self.lab.monitor(&guest, TO)?.peer_pid()?;
-                Some(PidFd::open(pid)?)
+            Target::SourceQemu | Target::DestinationQemu => {
+                Some(self.qemu.take().context("no QEMU was found to be hit")?)
             }
             Target::Link | Target::Nobody => None,
             _ => {
