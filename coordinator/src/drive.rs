@@ -184,20 +184,25 @@ impl Drive<'_, '_> {
                 (spec.run, spec.epoch, spec.register, hosts)
             })
             .collect();
-        for (run, epoch, register, hosts) in clean {
-            let over = |ended: &HashSet<_>| hosts.iter().all(|host| ended.contains(&(*host, run)));
-            while !over(&self.ended) && Instant::now() < by {
-                if let Some((host, message)) = self.client.receive(TICK) {
-                    self.receive(host, message);
-                }
-            }
-            if over(&self.ended) {
-                let args = RunArgs { run, epoch };
-                // Refused or unreachable: as said above.
-                let left = by.saturating_duration_since(Instant::now()).max(TICK);
-                let _ = self.client.ask(&[(register, Command::Forget(args))], left);
+        let over = |ended: &HashSet<_>, run, hosts: &[HostId]| {
+            hosts.iter().all(|host| ended.contains(&(*host, run)))
+        };
+        while Instant::now() < by
+            && !clean
+                .iter()
+                .all(|(run, _, _, hosts)| over(&self.ended, *run, hosts))
+        {
+            if let Some((host, message)) = self.client.receive(TICK) {
+                self.receive(host, message);
             }
         }
+        let queries: Vec<_> = clean
+            .into_iter()
+            .filter(|(run, _, _, hosts)| over(&self.ended, *run, hosts))
+            .map(|(run, epoch, register, _)| (register, Command::Forget(RunArgs { run, epoch })))
+            .collect();
+        // Refused or unreachable: as said above.
+        let _ = self.client.ask(&queries, FORGET_WITHIN);
     }
 
     fn receive(&mut self, host: HostId, message: Message) {

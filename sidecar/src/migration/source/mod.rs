@@ -38,7 +38,7 @@ const ARM_TIME: Duration = Duration::from_millis(50);
 /// QEMU pauses within this time after a release.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Stop-and-copy may take three times what is predicted, and so much more.
-const SWITCH_SLACK: Duration = Duration::from_secs(2);
+const SWITCH_SLACK: Duration = Duration::from_millis(1500);
 /// Effectively no limit; QEMU takes values below 10 B/s as none.
 const FULL_SPEED: u64 = 1 << 40;
 /// QEMU's largest downtime-limit, in ms: the acknowledgement alone decides.
