@@ -33,8 +33,11 @@ const QUICK_POLL: Duration = Duration::from_millis(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How long QEMU may take to answer anything but in stop-and-copy.
 const ANSWER: Duration = Duration::from_secs(2);
-/// After `arm`, QEMU sends at full speed for so long before what remains is reported.
-const ARM_TIME: Duration = Duration::from_millis(50);
+/// After `arm`, what remains is reported once QEMU has synchronised so often: one that was paced
+/// sleeps for up to 100 ms first, and what it showed before does not count what is dirty since.
+const ARM_SYNCS: u64 = 2;
+/// … or after this time.
+const ARM_TIME: Duration = Duration::from_millis(500);
 /// QEMU pauses within this time after a release.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Stop-and-copy may take three times what is predicted, and so much more.
@@ -132,7 +135,8 @@ pub struct Source {
     next_poll: Option<Instant>,
     look_at_end: Option<Instant>,
     pacer: Option<HoldPacer>,
-    armed_at: Option<Instant>,
+    /// Since when it is armed, and how often QEMU had synchronised when that was first looked at.
+    armed_at: Option<(Instant, Option<u64>)>,
     next_armed: Option<Instant>,
     release_by: Option<Instant>,
     switch_by: Option<Instant>,

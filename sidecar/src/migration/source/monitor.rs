@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{ANSWER, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag};
+use super::{ANSWER, ARM_SYNCS, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag};
 use crate::commit::SourceHalf;
 use crate::hold::Sample;
 use crate::migration::{Now, Output};
@@ -56,8 +56,8 @@ impl Source {
             Tag::Paused => self.paused(now, value),
             Tag::Arm if self.half.phase() == Phase::Held => {
                 self.half.enter(now, Phase::Armed);
-                self.armed_at = Some(now.mono);
-                self.next_armed = Some(now.mono + ARM_TIME);
+                self.armed_at = Some((now.mono, None));
+                self.next_armed = Some(now.mono);
                 self.next_poll = Some(now.mono + QUICK_POLL);
             }
             Tag::Cancel => self.send(now, Tag::Cancelled, "query-migrate", Value::Null),
@@ -218,7 +218,10 @@ impl Source {
                     self.tune(now, json!({ "max-bandwidth": limit }));
                 }
             }
-            Phase::Armed if self.next_armed.is_some_and(|at| at <= now.mono) => {
+            Phase::Armed
+                if self.next_armed.is_some_and(|at| at <= now.mono)
+                    && self.is_fresh(now, sample.syncs) =>
+            {
                 self.next_armed = Some(now.mono + POLL);
                 let event = Event::Armed {
                     vm: self.half.name.clone(),
@@ -229,6 +232,15 @@ impl Source {
             }
             _ => {}
         }
+    }
+
+    /// Armed: whether what QEMU shows is from after the arming.
+    fn is_fresh(&mut self, now: Now, syncs: u64) -> bool {
+        let Some((since, base)) = &mut self.armed_at else {
+            return false;
+        };
+        let base = *base.get_or_insert(syncs);
+        syncs >= base + ARM_SYNCS || now.mono >= *since + ARM_TIME
     }
 
     pub(super) fn paused(&mut self, now: Now, value: &Value) {
