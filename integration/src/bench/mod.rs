@@ -142,10 +142,10 @@ pub fn bench(options: &BenchOptions, interrupt: &Interrupt) -> Result<()> {
             std::fs::write(path, text)
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }
-    }
-    if let Some(path) = &options.markdown {
-        let text = output::markdown(&machine, &date, &sections, options.quick);
-        output::replace_between_markers(path, &text)?;
+        if let Some(path) = &options.markdown {
+            let text = output::markdown(&machine, &date, &sections, options.quick);
+            output::replace_between_markers(path, &text)?;
+        }
     }
     let missed: usize = sections.iter().map(Section::missed).sum();
     if missed > 0 && !options.quick {
