@@ -84,7 +84,6 @@ pub struct Destination {
     settings: Settings,
     state: DestinationHalf,
     identity: Identity,
-    migration_completed: bool,
     adopting: bool,
     connect_by: Option<Instant>,
     reconnect_at: Option<Instant>,
@@ -115,7 +114,6 @@ impl Destination {
             settings,
             state: DestinationHalf::Loading,
             identity: Identity::default(),
-            migration_completed: false,
             adopting: false,
             connect_by: Some(now.mono + START_DEADLINE),
             reconnect_at: None,
@@ -497,7 +495,6 @@ impl Destination {
             ("RESUME", _) => self.half.resumed_at_us = Some(at_us),
             ("MIGRATION", "active") => self.half.enter(now, Phase::Precopy),
             ("MIGRATION", "completed") => {
-                self.migration_completed = true;
                 self.next_ask = None;
                 self.send(now, Tag::Loaded, "query-status", Value::Null);
             }
