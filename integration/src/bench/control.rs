@@ -148,6 +148,7 @@ impl Driver {
     }
 
     /// Rolls both halves back: the VM runs at its source, its destination's process is gone.
+    /// That a half fails because the other one has cut the stream already is no failure here.
     ///
     /// # Errors
     /// That does not happen in time.
@@ -156,7 +157,7 @@ impl Driver {
             self.call(host, &Command::Abort(self.args))?;
         }
         for end in self.hosts {
-            self.wait(LIMIT, |host, event| {
+            self.wait_through_failures(LIMIT, |host, event| {
                 (host == end && matches!(event, Event::RunEnded { .. })).then_some(())
             })?;
         }
@@ -193,6 +194,19 @@ impl Driver {
         limit: Duration,
         mut pick: impl FnMut(HostId, &Event) -> Option<T>,
     ) -> Result<T> {
+        let failure = |host, event: &Event| match event {
+            Event::Failed { error, .. } => Some(Err(error.clone())),
+            _ => pick(host, event).map(Ok),
+        };
+        self.wait_through_failures(limit, failure)?
+            .map_err(|error| anyhow::anyhow!("{}: {error}", self.vm))
+    }
+
+    fn wait_through_failures<T>(
+        &mut self,
+        limit: Duration,
+        mut pick: impl FnMut(HostId, &Event) -> Option<T>,
+    ) -> Result<T> {
         let by = Instant::now() + limit;
         loop {
             for index in 0..self.events.len() {
@@ -201,9 +215,6 @@ impl Driver {
                     self.events.remove(index);
                     return Ok(found);
                 }
-            }
-            if let Some((_, Event::Failed { error, .. })) = self.events.front() {
-                bail!("{}: {error}", self.vm);
             }
             self.next(by).context("an event is missing")?;
         }
