@@ -167,6 +167,7 @@ fn lab_spec(options: &DemoOptions, accel: Accel) -> Result<LabSpec> {
         accel,
         traffic,
         adopting: Vec::new(),
+        resident: Vec::new(),
         settings: vec![format!(
             "max-downtime = \"{}ms\"",
             options.max_downtime.as_millis()

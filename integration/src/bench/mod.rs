@@ -100,6 +100,7 @@ impl Bench<'_> {
             traffic: Vec::new(),
             settings: Vec::new(),
             adopting: Vec::new(),
+            resident: Vec::new(),
         })
     }
 

@@ -106,6 +106,7 @@ pub fn lab_spec(accel: Accel, vms: usize, register: Option<&str>) -> Result<LabS
         accel,
         traffic: Vec::new(),
         adopting: Vec::new(),
+        resident: Vec::new(),
         settings,
     })
 }

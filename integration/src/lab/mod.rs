@@ -96,6 +96,9 @@ pub struct LabSpec {
     pub traffic: Vec<(String, String, BytesPerSecond)>,
     /// Hosts that adopt incoming QEMUs that wait already, rather than start them.
     pub adopting: Vec<String>,
+    /// Hosts whose guests' memory is there before QEMU is, and stays when it ends: filling it costs
+    /// no page faults. See [`Launch::keep_memory`].
+    pub resident: Vec<String>,
     /// Lines for `[application]` beyond name and bandwidth, such as `max-downtime = "300ms"`.
     pub settings: Vec<String>,
 }
@@ -223,8 +226,11 @@ impl Lab {
             })?;
             for guest in &self.spec.guests {
                 let socket = self.ticks.listen(&guest.name, host, guest.tick_period())?;
-                let launch =
+                let mut launch =
                     Launch::new(guest, self.spec.accel, self.directory.path(), host, socket)?;
+                if self.spec.resident.contains(host) {
+                    launch.keep_memory()?;
+                }
                 self.launches
                     .insert((guest.name.clone(), host.clone()), launch);
             }

@@ -8,10 +8,15 @@
 pub mod accel;
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 pub use accel::{Accel, AccelChoice, AccelError, ChosenAccel};
 
@@ -67,6 +72,14 @@ pub enum QemuError {
     Rom {
         /// The file.
         path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Memory that is to outlive QEMU could not be had.
+    #[error("cannot allocate the memory of {guest}: {error}")]
+    Memory {
+        /// Whose.
+        guest: String,
         /// Why.
         error: io::Error,
     },
@@ -196,6 +209,8 @@ pub struct Launch {
     pub ticks: PathBuf,
     /// The socket of the testbed's own monitor.
     pub observe: PathBuf,
+    /// Guest memory that outlives QEMU.
+    memory: Option<Arc<OwnedFd>>,
 }
 
 impl Launch {
@@ -221,7 +236,31 @@ impl Launch {
             rom,
             ticks,
             observe: directory.join(format!("{}.{host}.observe", spec.name)),
+            memory: None,
         })
+    }
+
+    /// Makes the guest's memory now, and keeps it for every QEMU that is started from here.
+    ///
+    /// Memory that a process has given back can have gone on to the hypervisor below (free page
+    /// reporting): then the next process gets some of it at once and some slowly, and what a
+    /// migration writes to costs ten times more in one run than in the next.
+    ///
+    /// # Errors
+    /// There is not so much memory.
+    pub fn keep_memory(&mut self) -> Result<(), QemuError> {
+        let allocate = || {
+            let memory = memfd_create(c"guest-memory", MFdFlags::MFD_CLOEXEC)?;
+            let size = i64::try_from(self.spec.memory.0).map_err(|_| Errno::EFBIG)?;
+            fallocate(&memory, FallocateFlags::empty(), 0, size)?;
+            Ok(memory)
+        };
+        let memory = allocate().map_err(|error: Errno| QemuError::Memory {
+            guest: self.spec.name.clone(),
+            error: error.into(),
+        })?;
+        self.memory = Some(Arc::new(memory));
+        Ok(())
     }
 
     /// The command vector, with [`QMP_PLACEHOLDER`] for the path of Muster's QMP socket.
@@ -242,7 +281,16 @@ impl Launch {
         let mut option = |name: &str, value: String| command.extend([name.to_owned(), value]);
         option("-name", self.spec.name.clone());
         option("-uuid", self.spec.uuid.to_string());
-        option("-machine", format!("{},accel={}", qemu.machine, self.accel));
+        let mut machine = format!("{},accel={}", qemu.machine, self.accel);
+        if let Some(memory) = &self.memory {
+            let file = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
+            let size = self.spec.memory.0 >> 20;
+            let object =
+                format!("memory-backend-file,id=pc.ram,size={size}M,share=on,mem-path={file}");
+            option("-object", object);
+            machine.push_str(",memory-backend=pc.ram");
+        }
+        option("-machine", machine);
         // The guest needs nothing of the processor; without this a host that lacks SSE3 warns.
         option("-cpu", "qemu64,pni=off".to_owned());
         option("-smp", "1".to_owned());

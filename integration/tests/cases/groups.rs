@@ -29,6 +29,7 @@ pub fn spec(accel: Accel, guests: &[&str]) -> Result<LabSpec> {
         accel,
         traffic: vec![("web".into(), "db".into(), BytesPerSecond(50_000))],
         adopting: vec![],
+        resident: vec![],
         settings: vec!["lease = \"3s\"".into()],
     })
 }
