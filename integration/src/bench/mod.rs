@@ -135,17 +135,17 @@ pub fn bench(options: &BenchOptions, interrupt: &Interrupt) -> Result<()> {
         let mut section = run_one(&bench, *name)?;
         section.took_s = began.elapsed().as_secs_f64();
         println!("{}", output::terminal(&section));
-        sections.push(section);
         // After each, so that an interrupted run leaves what it has.
+        if let Some(path) = &options.markdown {
+            let text = output::markdown(&machine, &date, &section, options.quick);
+            output::put_section(path, section.name, &text)?;
+        }
+        sections.push(section);
         if let Some(path) = &options.json {
             let report = output::report(&machine, &date, &sections, options.quick);
             let text = serde_json::to_string_pretty(&report)? + "\n";
             std::fs::write(path, text)
                 .with_context(|| format!("cannot write {}", path.display()))?;
-        }
-        if let Some(path) = &options.markdown {
-            let text = output::markdown(&machine, &date, &sections, options.quick);
-            output::replace_between_markers(path, &text)?;
         }
     }
     let missed: usize = sections.iter().map(Section::missed).sum();

@@ -145,59 +145,70 @@ fn markdown_table(table: &Table) -> String {
     line(&heads) + &line(&rule) + &rows
 }
 
-/// Everything as Markdown, to stand between the markers.
+/// A section as Markdown, to stand between the markers.
 #[must_use]
-pub fn markdown(machine: &Machine, date: &str, sections: &[Section], quick: bool) -> String {
-    let mut text = format!("Measured {date} on {}.\n", machine.line());
+pub fn markdown(machine: &Machine, date: &str, section: &Section, quick: bool) -> String {
+    let mut text = format!(
+        "### `{}`: {}\n\n`muster-testbed bench {}{}` ({:.0} s), {date}, on {}.\n\n{}\n\n{}",
+        section.name,
+        section.title,
+        section.name,
+        if quick { " --quick" } else { "" },
+        section.took_s,
+        machine.line(),
+        section.setup,
+        markdown_table(&figures(section)),
+    );
     if quick {
         text.push_str("\n**Smoke run (`--quick`): too few measurements to judge by.**\n");
     }
-    for section in sections {
+    for note in &section.notes {
+        let _ = write!(text, "\n{note}\n");
+    }
+    for table in &section.tables {
         let _ = write!(
             text,
-            "\n### `{}`: {}\n\n`muster-testbed bench {}{}` ({:.0} s). {}\n\n{}",
-            section.name,
-            section.title,
-            section.name,
-            if quick { " --quick" } else { "" },
-            section.took_s,
-            section.setup,
-            markdown_table(&figures(section)),
+            "\n<details><summary>{}</summary>\n\n{}\n</details>\n",
+            table.title,
+            markdown_table(table)
         );
-        for note in &section.notes {
-            let _ = write!(text, "\n{note}\n");
-        }
-        for table in &section.tables {
-            let _ = write!(
-                text,
-                "\n<details><summary>{}</summary>\n\n{}\n</details>\n",
-                table.title,
-                markdown_table(table)
-            );
-        }
     }
     text
 }
 
-/// Puts `text` between the markers of a document.
+/// Puts the section `name` between the markers of a document: in the place of the same section, or
+/// behind the others. What else stands there stays.
 ///
 /// # Errors
 /// It has no markers, or cannot be read or written.
-pub fn replace_between_markers(path: &Path, text: &str) -> Result<()> {
-    let name = path.display();
-    let old = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
-    let Some(new) = between(&old, text) else {
-        bail!("{name} has no line `{BEGIN}` followed by `{END}`");
+pub fn put_section(path: &Path, name: &str, text: &str) -> Result<()> {
+    let shown = path.display();
+    let old = std::fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
+    let Some(new) = with_section(&old, name, text) else {
+        bail!("{shown} has no line `{BEGIN}` followed by `{END}`");
     };
-    std::fs::write(path, new).with_context(|| format!("cannot write {name}"))
+    std::fs::write(path, new).with_context(|| format!("cannot write {shown}"))
 }
 
-fn between(old: &str, text: &str) -> Option<String> {
+fn with_section(old: &str, name: &str, text: &str) -> Option<String> {
     let (before, rest) = old.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
+    let (inside, after) = rest.split_once(END)?;
+    let head = format!("### `{name}`:");
+    let mut sections: Vec<&str> = Vec::new();
+    let mut left = inside.trim_start();
+    while left.starts_with("### `") {
+        let end = left[1..].find("\n### `").map_or(left.len(), |at| at + 2);
+        sections.push(left[..end].trim_end());
+        left = &left[end..];
+    }
+    let text = text.trim_end();
+    match sections.iter_mut().find(|old| old.starts_with(&head)) {
+        Some(old) => *old = text,
+        None => sections.push(text),
+    }
     Some(format!(
         "{before}{BEGIN}\n{}\n{END}{after}",
-        text.trim_end()
+        sections.join("\n\n")
     ))
 }
 
@@ -254,12 +265,16 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_between_the_markers_is_replaced() {
-        let old = format!("head\n{BEGIN}\nold\n{END}\ntail\n");
-        let new = between(&old, "new\n").unwrap();
-        assert_eq!(new, format!("head\n{BEGIN}\nnew\n{END}\ntail\n"));
-        assert_eq!(between(&new, "new").unwrap(), new);
-        assert_eq!(between("nothing", "new"), None);
+    fn only_the_section_itself_is_replaced() {
+        let old = format!("head\n{BEGIN}\n{END}\ntail\n");
+        let one = with_section(&old, "one", "### `one`: 1\n\ntext\n").unwrap();
+        let both = with_section(&one, "two", "### `two`: 2").unwrap();
+        let inside = "### `one`: 1\n\ntext\n\n### `two`: 2";
+        assert_eq!(both, format!("head\n{BEGIN}\n{inside}\n{END}\ntail\n"));
+        let new = with_section(&both, "one", "### `one`: 3").unwrap();
+        assert!(new.contains("### `one`: 3\n\n### `two`: 2\n"), "{new}");
+        assert_eq!(with_section(&new, "two", "### `two`: 2").unwrap(), new);
+        assert_eq!(with_section("nothing", "one", "new"), None);
     }
 
     #[test]
