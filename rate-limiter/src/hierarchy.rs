@@ -34,12 +34,14 @@
 //!
 //! Identifiers are never used twice. With one that is stale every function does nothing.
 
+mod allot;
 mod arena;
 mod flow;
 mod limit;
 
 use std::time::Instant;
 
+pub use self::allot::Demand;
 use self::arena::{Arena, Key};
 use self::flow::{Flow, VirtualTime, Weight};
 use self::limit::{Limit, MIN_QUANTUM};

@@ -4,7 +4,8 @@
 //! sockets, so that tests run in virtual time.
 //!
 //! - [`TokenBucket`]: one limit, in exact integer arithmetic;
-//! - [`Hierarchy`]: who may send how much now, and when to ask again;
+//! - [`Hierarchy`]: who may send how much now, and when to ask again; or what rate each has, where
+//!   somebody else sends ([`Hierarchy::allot`]);
 //! - [`shares`]: how a bandwidth is divided, as pure functions;
 //! - [`units`]: quantities with their unit in the type.
 //!
@@ -53,5 +54,5 @@ pub mod shares;
 pub mod units;
 
 pub use bucket::TokenBucket;
-pub use hierarchy::{GroupId, Hierarchy, InvalidWeight, LeafId, Poll};
+pub use hierarchy::{Demand, GroupId, Hierarchy, InvalidWeight, LeafId, Poll};
 pub use units::{Bytes, BytesPerSecond};
