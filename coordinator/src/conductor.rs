@@ -7,6 +7,7 @@ use std::time::Duration;
 use rate_limiter::BytesPerSecond;
 use serde_json::Value;
 use sidecar::protocol::event::Envelope;
+use sidecar::protocol::types::Transport;
 use uuid::Uuid;
 
 use crate::application::{Application, HostId, OnPartial, VmId};
@@ -66,6 +67,7 @@ pub struct Conductor<'a, R> {
     app: &'a Application,
     plan: Plan,
     machines: BTreeMap<VmId, String>,
+    transports: BTreeMap<VmId, Transport>,
     random: R,
     started: Vec<Started>,
     waiting: VecDeque<(usize, Purpose)>,
@@ -89,6 +91,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             app,
             plan,
             machines,
+            transports: BTreeMap::new(),
             random,
             started: Vec::new(),
             waiting,
@@ -96,6 +99,13 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             interrupted: false,
             outcome: None,
         }
+    }
+
+    /// How the VMs' streams go; through the relay where nothing is said.
+    #[must_use]
+    pub fn with_transports(mut self, transports: BTreeMap<VmId, Transport>) -> Self {
+        self.transports = transports;
+        self
     }
 
     /// Every group that was started, in order.
@@ -384,6 +394,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 to,
                 token: self.random.token(),
                 machine: self.machines.get(&id).cloned(),
+                transport: self.transports.get(&id).copied().unwrap_or_default(),
             })
             .collect();
         let spec = GroupSpec {

@@ -78,7 +78,8 @@ pub fn run(
     let mut drive = Drive {
         app,
         client,
-        conductor: Conductor::new(app, plan(app, policy), verdict.machines, SystemRandom),
+        conductor: Conductor::new(app, plan(app, policy), verdict.machines, SystemRandom)
+            .with_transports(verdict.transports),
         observer,
         heart,
         begun: Instant::now(),

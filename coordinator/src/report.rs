@@ -10,7 +10,9 @@ use std::fmt;
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
-use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, RoundReport, Side};
+use sidecar::protocol::types::{
+    HoldReason, Phase, PhaseEntry, QemuBuild, RoundReport, Side, Transport,
+};
 use uuid::Uuid;
 
 /// Version of the JSON form.
@@ -117,6 +119,10 @@ pub struct VmMove {
     pub side: Option<Side>,
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
+    /// How its stream went.
+    pub transport: Transport,
+    /// Whether the QEMU that it left is a patched one.
+    pub qemu_build: QemuBuild,
     /// Why it was held.
     pub hold_reason: Option<HoldReason>,
     /// Wait-and-copy, in seconds.

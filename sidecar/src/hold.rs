@@ -115,19 +115,46 @@ impl Rounds {
         (Some(round), self.bound(now, &sample))
     }
 
-    fn bound(&self, now: Instant, sample: &Sample) -> Option<HoldReason> {
-        let bounds = &self.termination;
+    /// Takes a round that a patched QEMU counted; false if it is known.
+    pub fn add(&mut self, round: RoundReport) -> bool {
+        let is_new = self
+            .finished
+            .last()
+            .is_none_or(|last| last.round < round.round);
+        if is_new {
+            self.finished.push(round);
+        }
+        is_new
+    }
+
+    /// For a patched QEMU, which keeps the other bounds: whether pre-copy has taken too long.
+    pub fn is_overdue(&mut self, now: Instant, sample: Sample) -> bool {
+        self.at_sync = Some((sample, now));
+        let limit = self.termination.max_precopy_ms;
+        limit > 0 && millis(now.saturating_duration_since(self.started)) >= limit
+    }
+
+    /// Whether a bound on rounds or traffic is reached.
+    #[must_use]
+    pub fn is_bounded(&self, sample: Option<Sample>) -> bool {
         let rounds = u32::try_from(self.finished.len()).unwrap_or(u32::MAX);
-        #[allow(
-            clippy::cast_precision_loss,
-            reason = "a factor of the memory is compared"
-        )]
-        let traffic =
-            sample.sent_bytes as f64 >= bounds.max_memory_factor * sample.total_bytes as f64;
-        let time = bounds.max_precopy_ms > 0
-            && millis(now.saturating_duration_since(self.started)) >= bounds.max_precopy_ms;
-        let reached = rounds >= bounds.max_rounds || time || (traffic && sample.total_bytes > 0);
-        reached.then_some(HoldReason::Bounded)
+        let traffic = sample.is_some_and(|sample| self.is_much(&sample));
+        rounds >= self.termination.max_rounds || traffic
+    }
+
+    #[allow(
+        clippy::cast_precision_loss,
+        reason = "a factor of the memory is compared"
+    )]
+    fn is_much(&self, sample: &Sample) -> bool {
+        let most = self.termination.max_memory_factor * sample.total_bytes as f64;
+        sample.total_bytes > 0 && sample.sent_bytes as f64 >= most
+    }
+
+    fn bound(&self, now: Instant, sample: &Sample) -> Option<HoldReason> {
+        let longest = self.termination.max_precopy_ms;
+        let time = longest > 0 && millis(now.saturating_duration_since(self.started)) >= longest;
+        (time || self.is_bounded(Some(*sample))).then_some(HoldReason::Bounded)
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod commit;
 pub mod config;
 pub mod daemon;
+pub mod direct;
 pub mod hold;
 pub mod migration;
 pub mod notes;

@@ -89,6 +89,9 @@ pub struct QmpClient<T> {
     lines: LineBuffer,
     output: Vec<u8>,
     queued: Vec<u8>,
+    /// Where in `output` the commands begin that a descriptor goes with.
+    marks: VecDeque<usize>,
+    queued_marks: Vec<usize>,
     state: State,
     pending: VecDeque<Pending<T>>,
     next_id: u64,
@@ -104,6 +107,8 @@ impl<T> QmpClient<T> {
             lines: LineBuffer::new(MAX_LINE_BYTES),
             output: Vec::new(),
             queued: Vec::new(),
+            marks: VecDeque::new(),
+            queued_marks: Vec::new(),
             state: State::Greeting {
                 deadline: now + GREETING_DEADLINE,
             },
@@ -123,6 +128,24 @@ impl<T> QmpClient<T> {
         arguments: Value,
         timeout: Duration,
     ) {
+        self.send_as("execute", now, tag, command, arguments, timeout);
+    }
+
+    /// Sends a command that a descriptor goes with (`getfd`): whoever writes the output passes it
+    /// with the first byte of exactly that command, see [`Self::carries_descriptor`].
+    pub fn send_with_descriptor(
+        &mut self,
+        now: Instant,
+        tag: T,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+    ) {
+        if self.state == State::Ready {
+            self.marks.push_back(self.output.len());
+        } else {
+            self.queued_marks.push(self.queued.len());
+        }
         self.send_as("execute", now, tag, command, arguments, timeout);
     }
 
@@ -173,15 +196,37 @@ impl<T> QmpClient<T> {
         });
     }
 
-    /// Bytes to write to the socket; remove what was written with [`Self::written`].
+    /// Bytes to write to the socket; remove what was written with [`Self::written`], and ask again:
+    /// a command that a descriptor goes with comes alone.
     #[must_use]
     pub fn output(&self) -> &[u8] {
-        &self.output
+        let end = match self.marks.front() {
+            None => self.output.len(),
+            Some(0) => {
+                let newline = self.output.iter().position(|byte| *byte == b'\n');
+                newline.map_or(self.output.len(), |at| at + 1)
+            }
+            Some(at) => *at,
+        };
+        &self.output[..end]
+    }
+
+    /// Whether a descriptor is to be passed with the first byte of [`Self::output`].
+    #[must_use]
+    pub fn carries_descriptor(&self) -> bool {
+        self.marks.front() == Some(&0)
     }
 
     /// Forgets the first `n` bytes of the output.
     pub fn written(&mut self, n: usize) {
-        self.output.drain(..n.min(self.output.len()));
+        let n = n.min(self.output.len());
+        self.output.drain(..n);
+        if n > 0 && self.carries_descriptor() {
+            self.marks.pop_front();
+        }
+        for mark in &mut self.marks {
+            *mark = mark.saturating_sub(n);
+        }
     }
 
     /// Takes bytes from the socket.
@@ -250,6 +295,9 @@ impl<T> QmpClient<T> {
             State::Negotiating { .. } if value.get("return").is_some() => {
                 self.state = State::Ready;
                 let queued = std::mem::take(&mut self.queued);
+                let marks = std::mem::take(&mut self.queued_marks);
+                let start = self.output.len();
+                self.marks.extend(marks.into_iter().map(|at| start + at));
                 self.output.extend_from_slice(&queued);
                 Ok(Some(QmpMessage::Ready {
                     version: self.version.clone(),
@@ -392,6 +440,41 @@ mod tests {
         };
         assert_eq!(qmp.poll(now), Ok(Some(reply)));
         assert!(qmp.is_quiet());
+    }
+
+    #[test]
+    fn a_descriptor_goes_with_its_command_alone() {
+        let now = Instant::now();
+        let mut qmp = ready(now);
+        let second = Duration::from_secs(1);
+        let name = json!({"fdname": "a"});
+        qmp.send(now, 1, "stop", Value::Null, second);
+        qmp.send_with_descriptor(now, 2, "getfd", name.clone(), second);
+        qmp.send(now, 3, "cont", Value::Null, second);
+        let text = |qmp: &QmpClient<u32>| String::from_utf8_lossy(qmp.output()).into_owned();
+        assert!(text(&qmp).contains("stop") && !text(&qmp).contains("getfd"));
+        assert!(!qmp.carries_descriptor());
+        qmp.written(5);
+        qmp.written(qmp.output().len());
+        assert!(qmp.carries_descriptor());
+        assert!(text(&qmp).contains("getfd") && !text(&qmp).contains("cont"));
+        // It went with the first bytes; the rest of the line needs none.
+        qmp.written(3);
+        assert!(!qmp.carries_descriptor() && text(&qmp).contains("cont"));
+        qmp.written(qmp.output().len());
+
+        let mut early = QmpClient::new(now);
+        early.send(now, 1, "stop", Value::Null, second);
+        early.send_with_descriptor(now, 2, "getfd", name, second);
+        early.receive(GREETING);
+        assert_eq!(early.poll(now), Ok(None));
+        early.receive(b"{\"return\": {}}\n");
+        assert!(matches!(
+            early.poll(now),
+            Ok(Some(QmpMessage::Ready { .. }))
+        ));
+        early.written(early.output().len());
+        assert!(early.carries_descriptor() && text(&early).contains("getfd"));
     }
 
     #[test]

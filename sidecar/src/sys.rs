@@ -1,8 +1,8 @@
-//! The crate's only unsafe code: pidfds, which nix does not wrap, and the signal mask of programs that are
-//! started.
+//! The crate's only unsafe code: what nix does not wrap (pidfds, some socket options), and the signal
+//! mask of programs that are started.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// A descriptor that becomes readable when process `pid` ends.
 ///
@@ -24,7 +24,6 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 /// # Errors
 /// The process is gone.
 pub fn pidfd_kill(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
     let null = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: the descriptor is open, a null siginfo is allowed, no memory of ours is touched.
     let result = unsafe {
@@ -41,6 +40,58 @@ pub fn pidfd_kill(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// Sets an option of a socket: `value` are the bytes that the kernel expects for it.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn set_option(socket: &impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open while it is borrowed; `value` is valid for `length` bytes, and
+    // the kernel only reads it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            length,
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Reads an option of a socket into `value`; returns how many bytes the kernel has filled.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn get_option(
+    socket: &impl AsFd,
+    level: i32,
+    name: i32,
+    value: &mut [u8],
+) -> io::Result<usize> {
+    let mut length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open while it is borrowed; `value` is valid for `length` bytes, of
+    // which the kernel writes at most as many and says how many in `length`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(length).unwrap_or(0).min(value.len()))
 }
 
 /// Lets the program start with no signal blocked: the sidecar's own mask, which its children would

@@ -77,6 +77,8 @@ pub struct Application {
     pub report_interval: Duration,
     /// multifd channels, 0 for none.
     pub multifd_channels: u8,
+    /// How the streams go, unless a VM says otherwise.
+    pub transport: TransportChoice,
     /// When pre-copy ends for a VM.
     pub termination: Termination,
     /// The hosts.
@@ -126,6 +128,8 @@ pub struct Vm {
     pub from: HostId,
     /// The host it is to run on.
     pub to: HostId,
+    /// How its stream goes, where it says so itself.
+    pub transport: Option<TransportChoice>,
     /// What is known of its memory and disk, for the planner.
     pub profile: VmProfile,
 }
@@ -199,6 +203,18 @@ impl std::str::FromStr for Policy {
                 format!("`{text}` is no policy; expected sequential, parallel or muster")
             })
     }
+}
+
+/// How a migration stream is to go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum TransportChoice {
+    /// Direct where both QEMUs are patched, else through the relay.
+    #[default]
+    Auto,
+    /// Through both sidecars.
+    Relay,
+    /// Over a socket that the QEMUs get from their sidecars.
+    Direct,
 }
 
 /// What happens to a group whose remaining memory never fits `max-downtime`.
@@ -292,6 +308,12 @@ impl Application {
     #[must_use]
     pub fn host_named(&self, name: &str) -> Option<HostId> {
         self.hosts.iter().position(|h| h.name == name).map(HostId)
+    }
+
+    /// How the stream of this VM is to go.
+    #[must_use]
+    pub fn transport_of(&self, vm: VmId) -> TransportChoice {
+        self.vm(vm).transport.unwrap_or(self.transport)
     }
 
     /// All VMs, in the file's order.

@@ -222,6 +222,7 @@ fn read_vms(top: &mut TableReader<'_, '_>, hosts: &[&str], problems: &mut Proble
                 problems.at(span, text);
             }
         }
+        let transport = settings::read_transport(&mut reader, problems);
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
         vms.push(Vm {
@@ -230,6 +231,7 @@ fn read_vms(top: &mut TableReader<'_, '_>, hosts: &[&str], problems: &mut Proble
             tier,
             from: from.map_or(HostId(0), |(host, _)| host),
             to: to.map_or(HostId(0), |(host, _)| host),
+            transport,
             profile,
         });
     }

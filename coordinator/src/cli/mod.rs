@@ -168,7 +168,7 @@ fn check(file: &Path, policy: Option<Policy>) -> anyhow::Result<u8> {
         out(&format!("note: {note}"));
     }
     if verdict.problems.is_empty() {
-        out(&show::checked(&app, policy, &facts));
+        out(&show::checked(&app, policy, &facts, &verdict));
         return Ok(0);
     }
     for problem in &verdict.problems {

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use sidecar::protocol::command::Command;
 use sidecar::protocol::event::Event;
-use sidecar::protocol::types::Role;
+use sidecar::protocol::types::{QemuBuild, Role};
 
 use super::*;
 use crate::application::Policy;
@@ -120,6 +120,7 @@ impl<'a> Play<'a> {
                                 stream: Some("s".into()),
                                 memory_bytes: 1,
                                 qemu_version: "10".into(),
+                                qemu_build: QemuBuild::Stock,
                             },
                         ),
                         (Command::Start(_), Role::Source) => {

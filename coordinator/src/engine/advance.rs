@@ -75,6 +75,14 @@ impl GroupRun {
             Stage::Stopping if self.vms.iter().all(|vm| vm.stopped) && self.register_present() => {
                 self.all_stopped(now);
             }
+            Stage::Stopping
+                if self.vms.iter().any(|vm| vm.refused)
+                    && self.vms.iter().all(|vm| vm.stopped || vm.refused) =>
+            {
+                let predicted = self.predict();
+                self.go_back(now, predicted);
+            }
+            Stage::Backing if self.vms.iter().all(|vm| vm.held) => self.is_back(now),
             Stage::Switching if self.vms.iter().all(super::halves::VmRun::arrived) => {
                 self.propose_commit(now);
             }
@@ -267,6 +275,11 @@ impl GroupRun {
                 let missing = self.names_where(|vm| !vm.stopped);
                 self.fail(now, format!("not paused within {STOP_WITHIN:?}: {missing}"));
             }
+            Stage::Backing => {
+                let missing = self.names_where(|vm| !vm.held);
+                let text = format!("not held again within {STOP_WITHIN:?}: {missing}");
+                self.fail(now, text);
+            }
             Stage::Switching => {
                 let missing = self.names_where(|vm| !vm.arrived());
                 self.fail(now, format!("not arrived in time: {missing}"));
@@ -319,6 +332,7 @@ fn prepare(spec: &GroupSpec, role: Role, host: HostId) -> PrepareArgs {
                 uuid: member.uuid,
                 token: member.token.clone(),
                 machine: member.machine.clone(),
+                transport: member.transport,
             })
             .collect(),
     }

@@ -82,12 +82,16 @@ impl GroupRun {
             Event::Prepared {
                 stream,
                 memory_bytes,
+                qemu_build,
                 ..
             } => {
                 vm.half(role).prepared = true;
                 vm.half(role).phase.get_or_insert(Phase::Prepared);
                 match role {
-                    Role::Source => vm.memory_bytes = vm.memory_bytes.max(*memory_bytes),
+                    Role::Source => {
+                        vm.memory_bytes = vm.memory_bytes.max(*memory_bytes);
+                        vm.qemu_build = *qemu_build;
+                    }
                     Role::Destination => {
                         vm.destination_memory_bytes = *memory_bytes;
                         vm.stream.clone_from(stream);
@@ -193,6 +197,7 @@ impl GroupRun {
                 ..
             } => {
                 vm.held = true;
+                vm.refused = self.stage == Stage::Stopping;
                 vm.hold_reason.get_or_insert(*reason);
                 vm.held_at_us.get_or_insert(at_us);
                 vm.remaining_bytes = *remaining_bytes;

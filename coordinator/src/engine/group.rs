@@ -31,6 +31,8 @@ pub(super) enum Stage {
         since: Duration,
     },
     Stopping,
+    /// `back` is sent; until every VM is held again.
+    Backing,
     Switching,
     /// `commit` is proposed, the register's answer outstanding.
     Deciding,

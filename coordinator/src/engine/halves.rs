@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, Role, RoundReport, Side, VmReport};
+use sidecar::protocol::types::{
+    HoldReason, Phase, PhaseEntry, QemuBuild, Role, RoundReport, Side, VmReport,
+};
 
 use super::Member;
 use crate::application::VmId;
@@ -47,6 +49,10 @@ pub(super) struct VmRun {
     pub held: bool,
     pub armed: bool,
     pub stopped: bool,
+    /// Its QEMU did not stop when it was released: too much would have been left.
+    pub refused: bool,
+    /// Of the source's QEMU.
+    pub qemu_build: QemuBuild,
     pub finish_sent: bool,
     pub diverged: Option<Side>,
     pub remaining_bytes: u64,
@@ -108,6 +114,8 @@ impl VmRun {
             held: false,
             armed: false,
             stopped: false,
+            refused: false,
+            qemu_build: QemuBuild::Stock,
             finish_sent: false,
             diverged: None,
             remaining_bytes: 0,

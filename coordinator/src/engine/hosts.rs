@@ -242,6 +242,7 @@ impl GroupRun {
                 | Command::Arm(_)
                 | Command::Release(_)
                 | Command::Continue(_)
+                | Command::Back(_)
                 | Command::Hold(_),
                 Err(error),
             ) => {

@@ -35,7 +35,7 @@ use std::fmt;
 use std::time::Duration;
 
 use sidecar::protocol::command::{Command, Termination};
-use sidecar::protocol::types::Decision;
+use sidecar::protocol::types::{Decision, Transport};
 use uuid::Uuid;
 
 use crate::application::{HostId, OnNonConvergence, VmId};
@@ -83,6 +83,8 @@ pub struct Member {
     pub token: String,
     /// Machine type that the destination must offer.
     pub machine: Option<String>,
+    /// How its stream goes.
+    pub transport: Transport,
 }
 
 /// Limits and choices of a group, from the application file.
@@ -162,6 +164,11 @@ pub enum Step {
         /// Σ remaining / bandwidth.
         predicted: Duration,
     },
+    /// What is left takes too long: the paused VMs run again and are held again.
+    SentBack {
+        /// Σ remaining / bandwidth.
+        predicted: Duration,
+    },
     /// `continue` was sent.
     Continued,
     /// Both halves of every VM have arrived; the decision is not proposed yet.
@@ -221,6 +228,11 @@ impl fmt::Display for Step {
                 f,
                 "every VM is paused, {} left, {:.0} ms",
                 rate_limiter::Bytes(*remaining_bytes),
+                ms(predicted)
+            ),
+            Self::SentBack { predicted } => write!(
+                f,
+                "back to the hold: the switchover would take {:.0} ms",
                 ms(predicted)
             ),
             Self::Continued => write!(f, "stop-and-copy"),

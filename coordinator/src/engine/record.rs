@@ -63,6 +63,8 @@ fn vm_move(vm: &VmRun, host_name: &impl Fn(HostId) -> String) -> VmMove {
         to: host_name(vm.member.to),
         side: vm.side(),
         memory_bytes: vm.memory_bytes,
+        transport: vm.member.transport,
+        qemu_build: vm.qemu_build,
         hold_reason: vm.hold_reason,
         held_s,
         rounds: vm.rounds.clone(),

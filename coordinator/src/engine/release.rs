@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use sidecar::protocol::command::{Command, ReportIntervalArgs, ThrottleArgs};
+use sidecar::protocol::types::QemuBuild;
 
 use super::Step;
 use super::advance::{ms, switch_within};
@@ -122,6 +123,11 @@ impl GroupRun {
         }
         self.report_every(now, ms(self.spec.limits.report_interval));
         self.step(Step::Disarmed { best });
+        self.try_again(now, best);
+    }
+
+    /// Back in the hold: armed again after a while, unless that has gone on for too long.
+    fn try_again(&mut self, now: Duration, best: Duration) {
         let back_off = Duration::from_millis(500) * 2_u32.pow(self.arm_attempts.clamp(1, 4) - 1);
         self.stage = Stage::Held {
             retry_at: now + back_off,
@@ -204,6 +210,42 @@ impl GroupRun {
         self.step(Step::Released { predicted });
     }
 
+    /// Whether every source can resume from pre-switchover and hold again: patched QEMUs can, where
+    /// they hold by themselves.
+    fn can_go_back(&self) -> bool {
+        let throttles = self.spec.limits.on_non_convergence == OnNonConvergence::Throttle;
+        let patched = |vm: &super::halves::VmRun| vm.qemu_build == QemuBuild::Patched;
+        self.spec.hold && !throttles && self.vms.iter().all(patched)
+    }
+
+    /// The paused VMs run again, and are held again.
+    pub(super) fn go_back(&mut self, now: Duration, predicted: Duration) {
+        for vm in &mut self.vms {
+            vm.held = vm.refused;
+            vm.refused = false;
+            vm.armed = false;
+            vm.stopped = false;
+            vm.stopped_at_us = None;
+            vm.remaining_at_release = None;
+        }
+        self.best = Some(self.best.map_or(predicted, |best| best.max(predicted)));
+        self.predicted = None;
+        self.stage = Stage::Backing;
+        self.stage_deadline = Some(now + STOP_WITHIN);
+        let args = self.args();
+        for host in self.sources() {
+            self.send(now, host, Command::Back(args));
+        }
+        self.report_every(now, ms(self.spec.limits.report_interval));
+        self.step(Step::SentBack { predicted });
+    }
+
+    /// Every VM is held again after a `back`.
+    pub(super) fn is_back(&mut self, now: Duration) {
+        let best = self.best.unwrap_or_default();
+        self.try_again(now, best);
+    }
+
     /// Every VM is paused and said what exactly is left: on, or back.
     #[allow(clippy::cast_precision_loss, reason = "a weight")]
     pub(super) fn all_stopped(&mut self, now: Duration) {
@@ -214,7 +256,18 @@ impl GroupRun {
             remaining_bytes,
             predicted,
         });
-        let hard = self.spec.limits.hard_downtime;
+        let limits = self.spec.limits;
+        let hard = limits.hard_downtime;
+        let may_go_back = self.can_go_back();
+        let limit = if may_go_back && !self.forced {
+            limits.max_downtime
+        } else {
+            hard
+        };
+        if may_go_back && predicted > limit {
+            self.go_back(now, predicted);
+            return;
+        }
         if predicted > hard {
             let text = format!(
                 "what is left of the paused VMs would take {} ms, the hard limit is {} ms",

@@ -4,6 +4,7 @@
 
 #[cfg(test)]
 mod tests;
+mod transport;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use rate_limiter::Bytes;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sidecar::protocol::command::{Command, QueryVmArgs};
-use sidecar::protocol::types::{HostInfo, VmEntry, VmInfo};
+use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
 use crate::client::Client;
@@ -55,6 +56,8 @@ pub struct Verdict {
     pub notes: Vec<String>,
     /// Machine types found at the sources: the destinations must offer the same.
     pub machines: BTreeMap<VmId, String>,
+    /// How each VM's stream is to go.
+    pub transports: BTreeMap<VmId, Transport>,
 }
 
 /// Asks the sidecars of every host that takes part.
@@ -266,6 +269,22 @@ fn judge_vm(app: &Application, policy: Policy, facts: &Facts, id: VmId, verdict:
         }
     }
     verdict.machines.insert(id, info.machine.clone());
+    let there = match facts.hosts.get(&vm.to) {
+        Some(Ok(host)) => host.vms.iter().find(|entry| entry.vm == vm.name),
+        _ => None,
+    };
+    let found = transport::Found {
+        source: info.qemu_build,
+        destination: there.and_then(|entry| entry.incoming_build),
+        hold: plan(app, policy).hold,
+    };
+    match transport::choose(app, id, found) {
+        Ok((transport, note)) => {
+            verdict.transports.insert(id, transport);
+            verdict.notes.extend(note);
+        }
+        Err(problem) => verdict.problems.push(problem),
+    }
 }
 
 fn judge_memory(app: &Application, facts: &Facts, verdict: &mut Verdict) {

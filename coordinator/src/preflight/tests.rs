@@ -4,6 +4,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::status::RunSummary;
+use sidecar::protocol::types::QemuBuild;
 
 fn app() -> Application {
     let text = r#"
@@ -24,6 +25,7 @@ fn host(name: &str) -> HostFacts {
         qmp: None,
         qmp_present: name == "a",
         can_receive: name == "b",
+        incoming_build: None,
     };
     HostFacts {
         name: name.into(),
@@ -55,6 +57,7 @@ fn vm(uuid: u128) -> VmInfo {
         qemu_version: "10.0.2".into(),
         kvm: true,
         can_hold: true,
+        qemu_build: QemuBuild::Stock,
     }
 }
 

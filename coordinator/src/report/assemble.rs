@@ -1,6 +1,6 @@
 //! From the conductor's groups to a [`MoveReport`]: totals, skews, split time, impact.
 
-use sidecar::protocol::types::Side;
+use sidecar::protocol::types::{QemuBuild, Side, Transport};
 
 use super::{GroupMove, MoveReport, Outcome, SCHEMA_VERSION, VmMove};
 use crate::application::{Application, Policy, VmId};
@@ -85,6 +85,8 @@ fn at_home(app: &Application, id: VmId) -> VmMove {
         to: app.host(vm.to).name.clone(),
         side: Some(Side::Source),
         memory_bytes: vm.profile.memory.map_or(0, |bytes| bytes.0),
+        transport: Transport::Relay,
+        qemu_build: QemuBuild::Stock,
         hold_reason: None,
         held_s: 0.0,
         rounds: Vec::new(),

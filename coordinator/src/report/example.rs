@@ -1,6 +1,6 @@
 //! Made-up reports for the tests of tables and pictures.
 
-use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, Side};
+use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, QemuBuild, Side, Transport};
 use uuid::Uuid;
 
 use super::{GroupMove, MoveReport, Outcome, SCHEMA_VERSION, VmMove};
@@ -47,6 +47,8 @@ fn vm(
         to: "b".into(),
         side: Some(Side::Destination),
         memory_bytes: memory_mib << 20,
+        transport: Transport::Relay,
+        qemu_build: QemuBuild::Stock,
         hold_reason: held.map(|_| HoldReason::Converged),
         held_s: held.map_or(0.0, |at| stop - at),
         rounds: Vec::new(),

@@ -15,7 +15,7 @@ use sidecar::protocol::codec::{
 use sidecar::protocol::command::Command;
 use sidecar::protocol::event::{Envelope, Event};
 use sidecar::protocol::lines::{Line, LineBuffer};
-use sidecar::protocol::types::{HoldReason, Role};
+use sidecar::protocol::types::{HoldReason, QemuBuild, Role};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -255,6 +255,7 @@ impl State {
                 stream: (host == 1).then(|| "127.0.0.1:1".into()),
                 memory_bytes: 128 << 20,
                 qemu_version: "10.0.2".into(),
+                qemu_build: QemuBuild::Stock,
             }),
             Command::Start(_) => each(0, &|vm| Event::Held {
                 vm,

@@ -13,7 +13,7 @@ use sidecar::protocol::command::{
     Command, PaceArgs, PaceVm, PrepareArgs, PrepareVm, RunArgs, StartArgs, Termination,
 };
 use sidecar::protocol::event::Event;
-use sidecar::protocol::types::Role;
+use sidecar::protocol::types::{Role, Transport};
 use uuid::Uuid;
 
 use crate::lab::Lab;
@@ -75,6 +75,7 @@ impl Driver {
                 uuid: self.uuid,
                 token: self.token.clone(),
                 machine: None,
+                transport: Transport::Relay,
             };
             let prepare = PrepareArgs {
                 run: self.args.run,

@@ -81,7 +81,7 @@ impl Daemon {
             state_free_bytes: free,
             stream_address: self.stream_address.clone(),
             sidecar_version: env!("CARGO_PKG_VERSION").to_owned(),
-            qemu_version: self.qemu_version.get().cloned(),
+            qemu_version: self.programs.version(),
         }
     }
 
@@ -93,6 +93,9 @@ impl Daemon {
                 qmp: Some(path.display().to_string()),
                 qmp_present: path.exists(),
                 can_receive: config.is_some_and(|vm| vm.adopt || !vm.incoming.is_empty()),
+                incoming_build: config
+                    .and_then(|vm| vm.incoming.first())
+                    .and_then(|program| self.programs.build(program)),
                 vm: name,
             }
         };
@@ -171,6 +174,7 @@ fn schema() -> Value {
             command::<c::RunArgs>("disarm", false),
             command::<c::RunArgs>("release", false),
             command::<c::RunArgs>("continue", false),
+            command::<c::RunArgs>("back", false),
             command::<c::DecideArgs>("decide", false),
             command::<c::RunArgs>("commit", false),
             command::<c::RunArgs>("abort", true),

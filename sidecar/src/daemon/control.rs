@@ -27,7 +27,7 @@ use crate::protocol::command::{
 };
 use crate::protocol::event::Envelope;
 use crate::protocol::lines::{Line, LineBuffer};
-use crate::protocol::types::{RecordKey, RecordValue, Role};
+use crate::protocol::types::{RecordKey, RecordValue, Role, Transport};
 use crate::relay::hello::Token as StreamToken;
 use crate::run::{Run, VmHalf};
 
@@ -412,6 +412,13 @@ impl Daemon {
             Command::Disarm(args) => self.with_sources(args.run, |source| source.disarm(now)),
             Command::Release(args) => self.with_sources(args.run, |source| source.release(now)),
             Command::Continue(args) => self.with_sources(args.run, |source| source.proceed(now)),
+            Command::Back(args) => {
+                let mut result = Ok(());
+                let found = self.with_sources(args.run, |source| {
+                    result = result.and(source.back(now));
+                });
+                found.and_then(|value| result.map(|()| value).map_err(CommandError::generic))
+            }
             Command::Throttle(args) => {
                 if args.percent > 99 {
                     return refuse("`percent` is 0 to 99");
@@ -519,6 +526,7 @@ impl Daemon {
             throttle: args.throttle,
             multifd_channels: args.multifd_channels,
             termination: args.termination,
+            transport: Transport::Relay,
         };
         let mut added = false;
         for vm in &args.vms {
@@ -621,6 +629,10 @@ impl Daemon {
         }
         let Some(token) = StreamToken::from_hex(&vm.token) else {
             return refuse("`token` is 64 hexadecimal digits");
+        };
+        let settings = Settings {
+            transport: vm.transport,
+            ..settings
         };
         let half = match args.role {
             Role::Source => {

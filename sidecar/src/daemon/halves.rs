@@ -1,5 +1,6 @@
 //! The QEMUs of VMs in runs: their monitors, their processes, and taking them over after a restart.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -12,10 +13,13 @@ use rate_limiter::LeafId;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::channel::HalfKey;
+use super::channel::{Channel, HalfKey};
+use super::direct::Direct;
+use super::direct_pace::Stream;
 use super::net::{Moved, RateMeter, Socket, read_some, write_some};
 use super::process::{self, Process};
 use super::storage::{Asker, Job};
+use super::tcp::send_with_descriptor;
 use super::{Daemon, Entry, Slot, log};
 use crate::migration::Now;
 use crate::migration::destination::Destination;
@@ -23,7 +27,7 @@ use crate::migration::identity::{Identity, Question};
 use crate::migration::source::{Settings, Source};
 use crate::notes::{self, Note, NoteVm};
 use crate::protocol::codec::CommandError;
-use crate::protocol::types::{Role, VmInfo};
+use crate::protocol::types::{QemuBuild, Role, Transport, VmInfo};
 use crate::qmp::{QmpClient, QmpMessage};
 use crate::relay::hello::Token as StreamToken;
 use crate::run::{Run, VmHalf};
@@ -61,6 +65,8 @@ pub struct HalfIo {
     pub gate_open: bool,
     /// Number of the note that the half waits for.
     pub note: Option<u64>,
+    /// What it has of the direct transport.
+    pub direct: Direct,
 }
 
 impl HalfIo {
@@ -83,7 +89,17 @@ impl HalfIo {
             rate_bytes_per_s: 0,
             gate_open: false,
             note: None,
+            direct: Direct::default(),
         }
+    }
+
+    /// Bytes of the stream that crossed this host, those of `channels` among them.
+    #[must_use]
+    pub fn stream_bytes(&self, role: Role, channels: &HashMap<usize, Channel>) -> u64 {
+        let open = self.channels.iter().filter_map(|id| channels.get(id));
+        let relayed: u64 = open.map(|channel| channel.bytes).sum();
+        let stream = self.direct.stream.as_ref();
+        self.closed_bytes + relayed + stream.map_or(0, |stream| stream.bytes(role))
     }
 }
 
@@ -352,9 +368,14 @@ impl Daemon {
 
     /// Writes what the machines of a run have for their monitors.
     pub(super) fn flush_monitors(&mut self, _now: Now, run: Uuid) {
-        fn flush<T>(socket: &mut Socket, qmp: &mut QmpClient<T>) {
+        fn flush<T>(socket: &mut Socket, qmp: &mut QmpClient<T>, stream: Option<&Stream>) {
             while !qmp.output().is_empty() {
-                match write_some(socket, qmp.output()) {
+                // Without the socket, cut meanwhile, QEMU refuses the command.
+                let moved = match stream.filter(|_| qmp.carries_descriptor()) {
+                    Some(stream) => send_with_descriptor(socket, qmp.output(), &stream.socket),
+                    None => write_some(socket, qmp.output()),
+                };
+                match moved {
                     Moved::Bytes(n) => qmp.written(n),
                     // A broken monitor shows itself when it is read.
                     Moved::Blocked | Moved::End | Moved::Broken(_) => return,
@@ -368,15 +389,16 @@ impl Daemon {
             let Some((_, socket)) = &mut io.qmp else {
                 continue;
             };
+            let stream = io.direct.stream.as_ref();
             match half {
                 VmHalf::Source(source) => {
                     if let Some(qmp) = &mut source.qmp {
-                        flush(socket, qmp);
+                        flush(socket, qmp, stream);
                     }
                 }
                 VmHalf::Destination(destination) => {
                     if let Some(qmp) = &mut destination.qmp {
-                        flush(socket, qmp);
+                        flush(socket, qmp, stream);
                     }
                 }
             }
@@ -449,6 +471,7 @@ impl Daemon {
             throttle: false,
             multifd_channels: 0,
             termination: note.termination(),
+            transport: Transport::Relay,
         };
         let group = self.pacing.add_group(now.mono, None);
         let mut io = Vec::new();
@@ -675,7 +698,9 @@ impl Probe {
             machine: self.identity.machine.clone(),
             qemu_version: self.identity.version.clone(),
             kvm: self.identity.kvm,
-            can_hold: self.identity.has_capability("switchover-ack"),
+            can_hold: self.identity.has_capability("switchover-ack")
+                || self.identity.build() == QemuBuild::Patched,
+            qemu_build: self.identity.build(),
         }
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! - `channel`: one connection of a migration stream and its two pipes.
 //! - `streams`: who a stream belongs to, and how fast it may go.
+//! - `direct`: streams that QEMU itself writes, `direct_pace` their pace, `tcp` what the kernel knows.
 //! - `control`: clients and their commands; `answers` what queries return.
 //! - `halves`: monitors and processes of the VMs in runs.
 //! - `link`: asking another sidecar's register.
@@ -12,19 +13,22 @@
 mod answers;
 mod channel;
 mod control;
+mod direct;
+mod direct_pace;
 mod halves;
 mod link;
 mod net;
 mod process;
+mod programs;
 mod storage;
 mod streams;
+mod tcp;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -46,6 +50,7 @@ use control::Client;
 use halves::{HalfIo, Probe};
 use link::Link;
 use process::Process;
+use programs::Programs;
 use storage::{Done, Job, Storage};
 
 /// What a poll token stands for.
@@ -61,6 +66,8 @@ enum Slot {
     Process(HalfKey),
     Listener(HalfKey),
     ChannelEnd(usize),
+    Opening(HalfKey),
+    Companion(HalfKey),
     Link(Uuid),
     Probe,
 }
@@ -100,13 +107,15 @@ pub struct Daemon {
     pacing: Hierarchy,
     leaves: HashMap<LeafId, HalfKey>,
     pace_at: Option<Instant>,
+    /// When direct streams are looked at again.
+    direct_at: Option<Instant>,
     links: HashMap<Uuid, Link>,
     probes: HashMap<usize, Probe>,
     alarms: Vec<String>,
     /// QEMUs of runs that are over, with their monitors' paths.
     children: Vec<(Process, std::path::PathBuf)>,
     measured_at: Option<Instant>,
-    qemu_version: Arc<OnceLock<String>>,
+    programs: Programs,
     _lock: Flock<File>,
 }
 
@@ -182,6 +191,7 @@ impl Daemon {
         // Last: who can connect to it finds everything else in place.
         let control_unix = control::listen_unix(&config.control.unix)?;
         let start = Instant::now();
+        let programs = Programs::ask(&config);
         let pacing = Hierarchy::new(start, config.limits.link);
         let mut daemon = Self {
             config,
@@ -203,17 +213,17 @@ impl Daemon {
             pacing,
             leaves: HashMap::new(),
             pace_at: None,
+            direct_at: None,
             links: HashMap::new(),
             probes: HashMap::new(),
             alarms: Vec::new(),
             children: Vec::new(),
             measured_at: None,
-            qemu_version: Arc::default(),
+            programs,
             _lock: lock,
         };
         daemon.register_listeners()?;
         daemon.take_over()?;
-        daemon.ask_version();
         Ok(daemon)
     }
 
@@ -243,24 +253,6 @@ impl Daemon {
         self.next_token += 1;
         self.slots.insert(token, slot);
         token
-    }
-
-    /// Finds out, aside, which QEMU the templates start.
-    fn ask_version(&self) {
-        let program = self
-            .config
-            .vms
-            .iter()
-            .find_map(|vm| vm.incoming.first())
-            .cloned();
-        let slot = Arc::clone(&self.qemu_version);
-        if let Some(program) = program {
-            std::thread::spawn(move || {
-                if let Some(version) = process::qemu_version(&program) {
-                    let _ = slot.set(version);
-                }
-            });
-        }
     }
 
     /// Serves until SIGTERM or SIGINT.
@@ -329,6 +321,8 @@ impl Daemon {
                     self.busy.push(id);
                 }
             }
+            Slot::Opening(key) => self.serve_opening(now, key),
+            Slot::Companion(key) => self.serve_companion(now, key),
             Slot::Link(run) => self.serve_link(now, run),
             Slot::Probe => self.serve_probe(now, token.0),
         }
@@ -375,6 +369,7 @@ impl Daemon {
         }
         self.drop_overdue_probes(now);
         self.apply_scheduled(now);
+        self.tend_direct(now);
         self.measure(now);
     }
 
@@ -412,6 +407,8 @@ impl Daemon {
                     Output::Spawn => self.spawn(now, key),
                     Output::Kill => self.kill(now, key),
                     Output::Listen => self.listen_for_qemu(now, key),
+                    Output::Connect => self.connect_direct(now, key),
+                    Output::AcceptStream => self.accept_direct(key),
                     Output::CutStream => self.cut_stream(key),
                     Output::OpenAckGate => self.open_gate(key),
                     Output::Unpace => self.unpace(now, key),
@@ -560,6 +557,7 @@ impl Daemon {
             .chain(scheduled)
             .chain(probes)
             .chain(self.pace_at)
+            .chain(self.direct_at)
             .min();
         next.map_or(IDLE, |at| at.saturating_duration_since(now.mono))
             .min(IDLE)

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -144,34 +143,6 @@ pub fn spawn(arguments: &[String], log: &Path) -> Result<Child, String> {
     command
         .spawn()
         .map_err(|error| format!("`{program}` cannot be started: {error} (check the template)"))
-}
-
-/// How long `PROGRAM --version` may take.
-const VERSION_DEADLINE: Duration = Duration::from_secs(3);
-
-/// What version a QEMU program says it is, such as `10.0.2`. May take some seconds.
-#[must_use]
-pub fn qemu_version(program: &str) -> Option<String> {
-    let mut child = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .ok()?;
-    let by = Instant::now() + VERSION_DEADLINE;
-    while matches!(child.try_wait(), Ok(None)) && Instant::now() < by {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    // Gone already is as good.
-    let _ = child.kill();
-    let output = child.wait_with_output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let version = text.split_once("version ")?.1;
-    let end = version
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(version.len());
-    (end > 0).then(|| version[..end].to_owned())
 }
 
 #[cfg(test)]

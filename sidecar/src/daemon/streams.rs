@@ -11,10 +11,11 @@ use uuid::Uuid;
 use super::channel::{Channel, End, HalfKey, Step};
 use super::halves;
 use super::net::Socket;
-use super::{Daemon, Slot, log};
+use super::{Daemon, Entry, Slot, log};
+use crate::direct::COMPANION;
 use crate::migration::Now;
 use crate::protocol::command::{PaceArgs, PaceVm};
-use crate::protocol::types::{Role, VmReport};
+use crate::protocol::types::{Role, Transport, VmReport};
 use crate::relay::hello::{Answer, Hello};
 use crate::run::VmHalf;
 
@@ -90,7 +91,8 @@ impl Daemon {
             },
             token: io.token,
         };
-        let gated = io.next_channel == 0 && entry.run.hold && !io.gate_open;
+        let held_here = matches!(half, VmHalf::Source(source) if source.is_held_by_relay());
+        let gated = io.next_channel == 0 && held_here && !io.gate_open;
         io.next_channel += 1;
         let id = self.next_token;
         let mut peer = Socket::connect_tcp(peer_address)
@@ -133,7 +135,7 @@ impl Daemon {
     }
 
     /// Destination: finds the VM of a hello and connects its QEMU.
-    fn answer_hello(&mut self, id: usize, hello: &Hello) {
+    fn answer_hello(&mut self, now: Now, id: usize, hello: &Hello) {
         let found = self.runs.get_mut(&hello.run).and_then(|entry| {
             let is_it = |half: &VmHalf| {
                 half.half().role == Role::Destination && half.half().uuid == hello.vm
@@ -147,6 +149,13 @@ impl Daemon {
             return;
         };
         let key = (hello.run, index);
+        let transport = |entry: &Entry| entry.run.halves[index].half().transport;
+        let direct = self.runs.get(&hello.run).map(transport) == Some(Transport::Direct);
+        match (direct, hello.channel) {
+            (true, _) => return self.greet_direct(now, id, key, hello),
+            (false, COMPANION) => return self.refuse(id, Answer::Unknown),
+            _ => {}
+        }
         let token = self.token(Slot::ChannelEnd(id));
         let Some(entry) = self.runs.get_mut(&hello.run) else {
             return;
@@ -221,6 +230,7 @@ impl Daemon {
         for id in channels {
             self.drop_channel(id);
         }
+        self.cut_direct(key);
     }
 
     pub(super) fn open_gate(&mut self, key: HalfKey) {
@@ -243,6 +253,7 @@ impl Daemon {
         if let Some(leaf) = entry.io[key.1].leaf {
             self.pacing.set_leaf_limit(now.mono, leaf, None);
         }
+        self.direct_at = self.direct_at.map(|_| now.mono);
     }
 
     /// Moves what may be moved now.
@@ -325,7 +336,7 @@ impl Daemon {
             }
             Step::Fine => {}
             Step::More => self.busy.push(id),
-            Step::Hello(hello) => self.answer_hello(id, &hello),
+            Step::Hello(hello) => self.answer_hello(now, id, &hello),
             Step::Finished => self.drop_channel(id),
             Step::Broken(error) => self.break_channel(id, &error),
         }
@@ -401,6 +412,7 @@ impl Daemon {
                 self.pacing.set_leaf_limit(now.mono, leaf, limit(rate));
             }
         }
+        self.direct_at = self.direct_at.map(|_| now.mono);
         Ok(())
     }
 
@@ -438,8 +450,7 @@ impl Daemon {
             .filter(|entry| !entry.run.has_ended())
         {
             for (half, io) in entry.run.halves.iter_mut().zip(&mut entry.io) {
-                let open = io.channels.iter().filter_map(|id| self.channels.get(id));
-                let bytes = io.closed_bytes + open.map(|channel| channel.bytes).sum::<u64>();
+                let bytes = io.stream_bytes(half.half().role, &self.channels);
                 io.rate_bytes_per_s = io.meter.observe(now.mono, bytes);
                 if let Some(source) = half.source_mut() {
                     source.rate_bytes_per_s = io.rate_bytes_per_s;
@@ -454,9 +465,7 @@ impl Daemon {
             return;
         };
         for (report, io) in reports.iter_mut().zip(&entry.io) {
-            let open = io.channels.iter().filter_map(|id| self.channels.get(id));
-            report.transferred_bytes =
-                io.closed_bytes + open.map(|channel| channel.bytes).sum::<u64>();
+            report.transferred_bytes = io.stream_bytes(report.role, &self.channels);
             report.rate_bytes_per_s = io.rate_bytes_per_s;
             let limit = io.leaf.and_then(|leaf| self.pacing.leaf_limit(leaf));
             report.limit_bytes_per_s = limit.map(|rate| rate.0);

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::identity::{CapabilityPlan, Identity, Question};
+use super::identity::{CapabilityPlan, HoldBy, Identity, Question};
 use super::source::Settings;
-use super::{Half, Now, Output};
+use super::{Half, Now, Output, STREAM_FD};
 use crate::commit::{DestinationHalf, End, Next};
 use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, Role, Side, VmReport};
+use crate::protocol::types::{Phase, Role, Side, Transport, VmReport};
 use crate::qmp::{QmpClient, QmpMessage};
 
 const ANSWER: Duration = Duration::from_secs(2);
@@ -42,6 +42,8 @@ pub enum Tag {
     SetParameters,
     /// `migrate-incoming`.
     Listen,
+    /// `getfd`.
+    Handover,
     /// `query-status` to see that it is alive.
     Health,
     /// `query-status` after the migration completed.
@@ -101,6 +103,7 @@ impl Destination {
     #[must_use]
     pub fn new(now: Now, name: String, uuid: uuid::Uuid, settings: Settings, place: Place) -> Self {
         let mut half = Half::new(now, name, uuid, Role::Destination);
+        half.transport = settings.transport;
         half.put(if place.spawn {
             Output::Spawn
         } else {
@@ -160,7 +163,10 @@ impl Destination {
     /// The report of this half.
     #[must_use]
     pub fn report(&self) -> VmReport {
-        self.half.report()
+        VmReport {
+            qemu_build: self.identity.build(),
+            ..self.half.report()
+        }
     }
 
     fn send(&mut self, now: Now, tag: Tag, command: &str, arguments: Value) {
@@ -368,18 +374,12 @@ impl Destination {
                     parameters,
                 );
             }
+            Tag::SetParameters if self.is_direct() => self.prepared(now),
             Tag::SetParameters => {
-                let mut arguments = json!({ "uri": format!("unix:{}", self.place.incoming_path) });
-                if self.identity.is_at_least(9, 1) {
-                    arguments["exit-on-error"] = json!(false);
-                }
-                self.send(now, Tag::Listen, "migrate-incoming", arguments);
+                self.take_stream(now, &format!("unix:{}", self.place.incoming_path))
             }
-            Tag::Listen => {
-                self.half.enter(now, Phase::Prepared);
-                self.next_ask = Some((now.mono + HEALTH, Tag::Health));
-                self.tell_prepared();
-            }
+            Tag::Listen if self.is_direct() => self.half.put(Output::AcceptStream),
+            Tag::Listen => self.prepared(now),
             Tag::Loaded => match status() {
                 "paused" | "postmigrate" => self.loaded(now),
                 _ => self.next_ask = Some((now.mono + SETTLE, Tag::Loaded)),
@@ -391,8 +391,39 @@ impl Destination {
                 _ => self.next_ask = Some((now.mono + SETTLE, Tag::Runs)),
             },
             Tag::Tidy => self.tidied(),
-            Tag::Health | Tag::Quit => {}
+            Tag::Handover | Tag::Health | Tag::Quit => {}
         }
+    }
+
+    fn is_direct(&self) -> bool {
+        self.half.transport == Transport::Direct
+    }
+
+    fn prepared(&mut self, now: Now) {
+        self.half.enter(now, Phase::Prepared);
+        self.next_ask = Some((now.mono + HEALTH, Tag::Health));
+        self.tell_prepared();
+    }
+
+    fn take_stream(&mut self, now: Now, uri: &str) {
+        let mut arguments = json!({ "uri": uri });
+        if self.identity.is_at_least(9, 1) {
+            arguments["exit-on-error"] = json!(false);
+        }
+        self.send(now, Tag::Listen, "migrate-incoming", arguments);
+    }
+
+    /// The source's sidecar has connected, and the daemon has the socket for QEMU. False if this
+    /// is not the time for it.
+    pub fn stream_connected(&mut self, now: Now) -> bool {
+        let is_time = self.is_direct() && self.half.phase() == Phase::Prepared && !self.wants_out;
+        let Some(qmp) = self.qmp.as_mut().filter(|_| is_time) else {
+            return false;
+        };
+        let name = json!({ "fdname": STREAM_FD });
+        qmp.send_with_descriptor(now.mono, Tag::Handover, "getfd", name, ANSWER);
+        self.take_stream(now, &format!("fd:{STREAM_FD}"));
+        true
     }
 
     /// Says PREPARED, again if `prepare` is repeated.
@@ -403,6 +434,7 @@ impl Destination {
             stream: Some(self.place.stream_address.clone()),
             memory_bytes: self.half.total_bytes,
             qemu_version: self.identity.version.clone(),
+            qemu_build: self.identity.build(),
         };
         self.half.tell(event);
     }
@@ -427,8 +459,13 @@ impl Destination {
             return;
         }
         self.half.total_bytes = self.identity.memory_bytes;
+        let relay_holds = self.settings.hold && !self.is_direct();
         let plan = CapabilityPlan {
-            hold: self.settings.hold,
+            hold: if relay_holds {
+                HoldBy::Relay
+            } else {
+                HoldBy::Nobody
+            },
             pause: false,
             throttle: false,
             multifd: self.settings.multifd_channels > 0,

@@ -3,6 +3,11 @@
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::protocol::types::QemuBuild;
+
+/// The capability by which a patched QEMU is known.
+pub const HOLD_CAPABILITY: &str = "switchover-hold";
+
 /// The questions of an identification, in the order they are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Question {
@@ -132,6 +137,16 @@ impl Identity {
         self.capabilities.iter().any(|(known, _)| known == name)
     }
 
+    /// Whether this QEMU holds by itself.
+    #[must_use]
+    pub fn build(&self) -> QemuBuild {
+        if self.has_capability(HOLD_CAPABILITY) {
+            QemuBuild::Patched
+        } else {
+            QemuBuild::Stock
+        }
+    }
+
     /// Whether a migration is going on.
     #[must_use]
     pub fn is_migrating(&self) -> bool {
@@ -185,11 +200,23 @@ impl Identity {
     }
 }
 
+/// Who keeps a VM in wait-and-copy until it is released.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum HoldBy {
+    /// Nobody: it switches over as soon as it converges.
+    #[default]
+    Nobody,
+    /// The relay, which keeps the destination's acknowledgement back.
+    Relay,
+    /// QEMU itself, a patched one.
+    Qemu,
+}
+
 /// What a run asks of QEMU's capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CapabilityPlan {
-    /// Keep the VM in wait-and-copy until released.
-    pub hold: bool,
+    /// Who keeps the VM in wait-and-copy until released.
+    pub hold: HoldBy,
     /// Pause before the switchover (source only).
     pub pause: bool,
     /// Allow vCPU throttling (source only).
@@ -206,7 +233,8 @@ impl CapabilityPlan {
             ("return-path", true),
             ("events", true),
             ("late-block-activate", true),
-            ("switchover-ack", self.hold),
+            ("switchover-ack", self.hold == HoldBy::Relay),
+            (HOLD_CAPABILITY, self.hold == HoldBy::Qemu),
             ("pause-before-switchover", self.pause),
             ("auto-converge", self.throttle),
             ("multifd", self.multifd),
@@ -227,7 +255,7 @@ impl CapabilityPlan {
             ("return-path", true, "2.6"),
             ("events", true, "2.4"),
             ("late-block-activate", true, "3.1"),
-            ("switchover-ack", self.hold, "8.1"),
+            ("switchover-ack", self.hold == HoldBy::Relay, "8.1"),
             ("pause-before-switchover", self.pause, "2.11"),
             ("auto-converge", self.throttle, "1.6"),
             ("multifd", self.multifd, "4.0"),
@@ -263,7 +291,7 @@ mod tests {
     #[test]
     fn says_what_is_missing() {
         let plan = CapabilityPlan {
-            hold: true,
+            hold: HoldBy::Relay,
             pause: false,
             throttle: false,
             multifd: true,
@@ -275,7 +303,7 @@ mod tests {
         );
         assert_eq!(
             CapabilityPlan {
-                hold: false,
+                hold: HoldBy::Nobody,
                 ..plan
             }
             .missing(&identity()),
@@ -287,7 +315,7 @@ mod tests {
     #[test]
     fn puts_back_what_it_found() {
         let plan = CapabilityPlan {
-            hold: false,
+            hold: HoldBy::Nobody,
             pause: false,
             throttle: false,
             multifd: false,

@@ -16,7 +16,10 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, PhaseEntry, Role, VmReport};
+use crate::protocol::types::{Phase, PhaseEntry, QemuBuild, Role, Transport, VmReport};
+
+/// The name under which a QEMU gets the socket of its stream.
+pub const STREAM_FD: &str = "muster-stream";
 
 /// The time, on both clocks: one for deadlines, one for people.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +43,10 @@ pub enum Output {
     Kill,
     /// Source: accept QEMU's stream on a unix socket and carry it to the destination.
     Listen,
+    /// Source: connect to the destination for a stream that QEMU itself will write.
+    Connect,
+    /// Destination: QEMU has taken the connection of its stream; the other side may begin.
+    AcceptStream,
     /// Close every connection of the stream.
     CutStream,
     /// Let the switchover acknowledgement through.
@@ -65,6 +72,8 @@ pub struct Half {
     pub stopped_at_us: Option<i64>,
     /// QEMU's RESUME event: unix time in microseconds.
     pub resumed_at_us: Option<i64>,
+    /// How its stream goes.
+    pub transport: Transport,
     phase: Phase,
     history: Vec<PhaseEntry>,
     error: Option<String>,
@@ -86,6 +95,7 @@ impl Half {
             total_bytes: 0,
             stopped_at_us: None,
             resumed_at_us: None,
+            transport: Transport::Relay,
             phase: Phase::Preparing,
             history: vec![entry],
             error: None,
@@ -163,6 +173,8 @@ impl Half {
             uuid: self.uuid,
             role: self.role,
             phase: self.phase,
+            transport: self.transport,
+            qemu_build: QemuBuild::Stock,
             round: 0,
             total_bytes: self.total_bytes,
             transferred_bytes: 0,

@@ -155,6 +155,7 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "disarm" => with!(Disarm),
         "release" => with!(Release),
         "continue" => with!(Continue),
+        "back" => with!(Back),
         "decide" => with!(Decide),
         "commit" => with!(Commit),
         "abort" => with!(Abort),
@@ -194,6 +195,7 @@ impl Command {
             Self::Disarm(_) => "disarm",
             Self::Release(_) => "release",
             Self::Continue(_) => "continue",
+            Self::Back(_) => "back",
             Self::Decide(_) => "decide",
             Self::Commit(_) => "commit",
             Self::Abort(_) => "abort",
@@ -228,6 +230,7 @@ impl Command {
             | Self::Disarm(a)
             | Self::Release(a)
             | Self::Continue(a)
+            | Self::Back(a)
             | Self::Commit(a)
             | Self::Abort(a)
             | Self::Forget(a)
@@ -258,6 +261,7 @@ impl Command {
             | Self::Disarm(a)
             | Self::Release(a)
             | Self::Continue(a)
+            | Self::Back(a)
             | Self::Commit(a)
             | Self::Abort(a)
             | Self::Forget(a)

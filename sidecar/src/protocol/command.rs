@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::types::{RecordValue, Role};
+use super::types::{RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -69,6 +69,9 @@ pub struct PrepareVm {
     /// Expected machine type (destination: refused where it differs).
     #[serde(default)]
     pub machine: Option<String>,
+    /// How its stream goes; the same at both ends.
+    #[serde(default, skip_serializing_if = "is_relay")]
+    pub transport: Transport,
 }
 
 /// Bounds of intelligent pre-copy termination (VMbuddies 4.2).
@@ -249,6 +252,12 @@ fn default_max_downtime_ms() -> u64 {
     300
 }
 
+/// Sidecars of protocol 1.0 know no other, and refuse what they do not know.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_relay(transport: &Transport) -> bool {
+    *transport == Transport::Relay
+}
+
 fn default_true() -> bool {
     true
 }
@@ -304,6 +313,8 @@ pub enum Command {
     Release(RunArgs),
     /// `continue`: stop-and-copy; ARRIVED events follow.
     Continue(RunArgs),
+    /// `back`: paused VMs run again and are held again (patched QEMU only); HELD events follow.
+    Back(RunArgs),
     /// `decide`.
     Decide(DecideArgs),
     /// `commit`: the register says commit; destinations are continued.

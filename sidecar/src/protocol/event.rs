@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::types::{Decision, HoldReason, Role, RoundReport, Side, VmReport};
+use super::types::{Decision, HoldReason, QemuBuild, Role, RoundReport, Side, VmReport};
 
 /// Every event. On the wire: `{"event": NAME, "data": {"run", "seq", …}, "timestamp": {…}}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -22,6 +22,9 @@ pub enum Event {
         memory_bytes: u64,
         /// QEMU's version.
         qemu_version: String,
+        /// Whether it is a patched one.
+        #[serde(default)]
+        qemu_build: QemuBuild,
     },
     /// A pre-copy round ended.
     Round {

@@ -18,6 +18,46 @@ pub enum Role {
     Destination,
 }
 
+/// How a VM's migration stream gets from QEMU to QEMU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// Through both sidecars, which copy its bytes.
+    #[default]
+    Relay,
+    /// Over a TCP socket that the sidecars connect and hand to their QEMUs.
+    Direct,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Relay => "relay",
+            Self::Direct => "direct",
+        })
+    }
+}
+
+/// Whether a QEMU holds by itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum QemuBuild {
+    /// It is held by its acknowledgement, which the relay keeps back.
+    #[default]
+    Stock,
+    /// It has the capability `switchover-hold` of Muster's patches.
+    Patched,
+}
+
+impl fmt::Display for QemuBuild {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Stock => "stock",
+            Self::Patched => "patched",
+        })
+    }
+}
+
 /// Where a VM is in its move (DESIGN: idle → preparing → precopy → held → switching → arrived →
 /// committed, or rolled back).
 #[derive(
@@ -171,7 +211,13 @@ pub struct VmReport {
     pub round: u64,
     /// Size of the guest's RAM in bytes, 0 while unknown.
     pub total_bytes: u64,
-    /// Bytes of the stream that crossed this sidecar.
+    /// How the stream goes.
+    #[serde(default)]
+    pub transport: Transport,
+    /// Whether this half's QEMU is a patched one.
+    #[serde(default)]
+    pub qemu_build: QemuBuild,
+    /// Bytes of the stream that this host has sent (and the other acknowledged) or received.
     pub transferred_bytes: u64,
     /// Dirty or unsent memory in bytes.
     pub remaining_bytes: u64,
@@ -225,8 +271,11 @@ pub struct VmInfo {
     /// dirties memory faster than it is sent (its dirty tracking has a fault there).
     #[serde(default = "yes")]
     pub kvm: bool,
-    /// Whether this QEMU can be held (capability `switchover-ack`, QEMU 8.1).
+    /// Whether this QEMU can be held (capability `switchover-ack`, QEMU 8.1, or a patched one).
     pub can_hold: bool,
+    /// Whether it is a patched one.
+    #[serde(default)]
+    pub qemu_build: QemuBuild,
 }
 
 fn yes() -> bool {
@@ -244,6 +293,9 @@ pub struct VmEntry {
     pub qmp_present: bool,
     /// Whether this host has a template to receive it, or an incoming QEMU to adopt.
     pub can_receive: bool,
+    /// What the template starts, once it is known; of an incoming QEMU to adopt it is not.
+    #[serde(default)]
+    pub incoming_build: Option<QemuBuild>,
 }
 
 /// What `query-host` says.

@@ -11,7 +11,9 @@ use sidecar::migration::source::{Settings, Source};
 use sidecar::migration::{Now, Output};
 use sidecar::protocol::command::Termination;
 use sidecar::protocol::event::Event;
-use sidecar::protocol::types::{Decision, HoldReason, Phase, RecordKey, RecordValue, Side};
+use sidecar::protocol::types::{
+    Decision, HoldReason, Phase, RecordKey, RecordValue, Side, Transport,
+};
 use sidecar::run::{Ask, Run, RunOutput, VmHalf};
 use uuid::Uuid;
 
@@ -43,6 +45,7 @@ fn settings(hold: bool) -> Settings {
         throttle: true,
         multifd_channels: 0,
         termination: Termination::default(),
+        transport: Transport::Relay,
     }
 }
 
@@ -174,7 +177,8 @@ impl World {
                     Output::Listen => self.src().listening(now, "/run/db.out"),
                     Output::CutStream => self.cut(),
                     Output::Kill => self.run.halves[0].process_gone(now),
-                    Output::OpenAckGate | Output::Unpace => {}
+                    Output::Connect => self.src().connected(now),
+                    Output::OpenAckGate | Output::Unpace | Output::AcceptStream => {}
                 }
                 self.outputs.push(output);
             }

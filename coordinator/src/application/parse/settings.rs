@@ -7,7 +7,9 @@ use sidecar::protocol::command::Termination;
 
 use super::{RATE, host_named};
 use crate::application::reader::{Problems, TableReader};
-use crate::application::{Application, HostId, OnNonConvergence, OnPartial, Policy};
+use crate::application::{
+    Application, HostId, OnNonConvergence, OnPartial, Policy, TransportChoice,
+};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -40,6 +42,19 @@ fn choice<T: Copy>(
         problems.at(&found.span, text);
     }
     value.map(|(_, value)| *value)
+}
+
+/// Reads `transport`, of the application or of a VM.
+pub(super) fn read_transport(
+    reader: &mut TableReader<'_, '_>,
+    problems: &mut Problems<'_>,
+) -> Option<TransportChoice> {
+    let choices = [
+        ("auto", TransportChoice::Auto),
+        ("relay", TransportChoice::Relay),
+        ("direct", TransportChoice::Direct),
+    ];
+    choice(reader, problems, "transport", &choices)
 }
 
 /// Reads `[application]`.
@@ -92,6 +107,7 @@ pub(super) fn read_settings(
         20 * MS..Duration::from_secs(61),
     );
     let channels = reader.integer(problems, "multifd-channels", 0..256);
+    let transport = read_transport(&mut reader, problems);
     let register = reader
         .text(problems, "register", "a host's name")
         .and_then(|found| {
@@ -131,6 +147,7 @@ pub(super) fn read_settings(
             on_partial: on_partial.unwrap_or(OnPartial::Stay),
             report_interval: interval.unwrap_or(500 * MS),
             multifd_channels: channels.and_then(|n| u8::try_from(n).ok()).unwrap_or(0),
+            transport: transport.unwrap_or_default(),
             termination,
             hosts: Vec::new(),
             links: Vec::new(),

@@ -62,6 +62,21 @@ fn a_whole_file_with_its_defaults() {
 }
 
 #[test]
+fn transports_of_the_application_and_of_a_vm() {
+    use crate::application::TransportChoice as T;
+    let app = parse(GOOD).expect("good");
+    assert_eq!(app.transport_of(VmId(0)), T::Auto);
+    let text = GOOD
+        .replace("deadline =", "transport = \"relay\"\ndeadline =")
+        .replace("tier =", "transport = \"direct\"\ntier =");
+    let app = parse(&text).expect("good");
+    assert_eq!(app.transport_of(VmId(0)), T::Direct);
+    assert_eq!(app.transport_of(VmId(1)), T::Relay);
+    let found = problems(&text.replace("\"relay\"", "\"relai\""));
+    assert!(found[0].1.contains("\"auto\" or \"relay\" or \"direct\""));
+}
+
+#[test]
 fn unknown_keys_come_with_line_and_suggestion() {
     let text = GOOD.replace("bandwidth =", "bandwith =");
     let found = problems(&text);

@@ -1,6 +1,6 @@
 use super::*;
 use crate::report::Outcome;
-use sidecar::protocol::types::{Decision, Phase, Side, VmReport};
+use sidecar::protocol::types::{Decision, Phase, QemuBuild, Side, Transport, VmReport};
 
 const BEFORE_CONTINUE: [&str; 4] = ["preparing", "precopy", "held", "stopping"];
 const ALL: [&str; 5] = ["preparing", "precopy", "held", "stopping", "switching"];
@@ -202,6 +202,8 @@ fn report(vm: &str, uuid: u128, phase: Phase) -> VmReport {
         role: Role::Source,
         phase,
         round: 1,
+        transport: Transport::Relay,
+        qemu_build: QemuBuild::Stock,
         total_bytes: 0,
         transferred_bytes: 0,
         remaining_bytes: 0,

@@ -9,7 +9,7 @@ use crate::application::OnNonConvergence;
 use rate_limiter::BytesPerSecond;
 use serde_json::json;
 use sidecar::protocol::event::{Envelope, Event};
-use sidecar::protocol::types::{HoldReason, Role};
+use sidecar::protocol::types::{HoldReason, QemuBuild, Role};
 
 pub(super) const A: HostId = HostId(0);
 pub(super) const B: HostId = HostId(1);
@@ -26,6 +26,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         to: B,
         token: "0".repeat(64),
         machine: None,
+        transport: Transport::Relay,
     });
     GroupSpec {
         run: Uuid::from_u128(1),
@@ -176,6 +177,7 @@ impl Script {
                 role,
                 memory_bytes: 100 * MB,
                 qemu_version: "10.0.2".into(),
+                qemu_build: QemuBuild::Stock,
             });
         }
     }

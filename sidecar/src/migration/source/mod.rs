@@ -6,9 +6,11 @@
 //! ```
 //!
 //! Stock QEMU is held by keeping its SWITCHOVER_ACK in the relay; `release` lets it through. The
-//! release then pauses the VM (`pause-before-switchover`), `continue` lets it go on.
+//! release then pauses the VM (`pause-before-switchover`), `continue` lets it go on. A patched QEMU
+//! holds, arms and releases by itself (`own_hold`), and can go `back` from `stopped` to `held`.
 
 mod monitor;
+mod own_hold;
 mod settle;
 mod setup;
 mod steps;
@@ -17,12 +19,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::identity::{Identity, Question};
+use super::identity::{HoldBy, Identity, Question};
 use super::{Half, Now, Output};
 use crate::commit::SourceHalf;
 use crate::hold::{HoldPacer, Rounds, Sample};
 use crate::protocol::command::Termination;
-use crate::protocol::types::{Phase, Role, VmReport};
+use crate::protocol::types::{Phase, Role, Transport, VmReport};
 use crate::qmp::QmpClient;
 
 /// How often a migration is looked at.
@@ -60,6 +62,8 @@ pub struct Settings {
     pub multifd_channels: u8,
     /// When pre-copy ends.
     pub termination: Termination,
+    /// How the stream goes.
+    pub transport: Transport,
 }
 
 /// Which command an answer belongs to.
@@ -71,8 +75,12 @@ pub enum Tag {
     SetCapabilities,
     /// Parameters for the run.
     SetParameters,
+    /// `getfd`.
+    Handover,
     /// `migrate`.
     Start,
+    /// `closefd` after a `migrate` that was refused.
+    TakeBack,
     /// `query-migrate`, periodically.
     Poll,
     /// `query-migrate` just after the VM was paused.
@@ -81,6 +89,12 @@ pub enum Tag {
     Tune,
     /// Full speed before a release.
     Arm,
+    /// `migrate-switchover-arm` off.
+    Disarm,
+    /// `migrate-switchover-release`.
+    Release,
+    /// `migrate-switchover-back`.
+    Back,
     /// `migrate-continue`.
     Continue,
     /// `migrate_cancel`.
@@ -124,6 +138,11 @@ pub struct Source {
     /// Whether the guest ran before the move (else it stays paused after it).
     pub was_running: bool,
     settings: Settings,
+    hold: HoldBy,
+    /// `hold` was commanded, and QEMU has been asked to.
+    hold_asked: bool,
+    /// `back` was commanded, and QEMU is on its way.
+    going_back: bool,
     state: SourceHalf,
     identity: Identity,
     adopting: bool,
@@ -162,6 +181,7 @@ impl Source {
     pub fn new(now: Now, name: String, uuid: uuid::Uuid, settings: Settings) -> Self {
         let mut half = Half::new(now, name, uuid, Role::Source);
         half.put(Output::ConnectQmp);
+        half.transport = settings.transport;
         Self {
             half,
             qmp: None,
@@ -169,6 +189,9 @@ impl Source {
             originals: None,
             was_running: true,
             settings,
+            hold: HoldBy::Nobody,
+            hold_asked: false,
+            going_back: false,
             state: SourceHalf::Reversible,
             identity: Identity::default(),
             adopting: false,
@@ -250,10 +273,30 @@ impl Source {
         self.half.phase() != Phase::Preparing
     }
 
+    /// Whether the relay keeps this VM's acknowledgement back until the release.
+    #[must_use]
+    pub fn is_held_by_relay(&self) -> bool {
+        self.hold == HoldBy::Relay
+    }
+
+    /// Whether it is to have its full share of the bandwidth, whatever it uses of it now.
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        let phase = self.half.phase();
+        matches!(phase, Phase::Armed | Phase::Stopped | Phase::Switching)
+    }
+
+    /// Whether all of its stream has been taken.
+    #[must_use]
+    pub fn has_completed(&self) -> bool {
+        matches!(self.state, SourceHalf::Completed | SourceHalf::Quit)
+    }
+
     /// The report of this half.
     #[must_use]
     pub fn report(&self) -> VmReport {
         let mut report = self.half.report();
+        report.qemu_build = self.identity.build();
         if let Some(sample) = self.last {
             report.remaining_bytes = sample.remaining_bytes;
             report.dirty_rate_bytes_per_s = sample.dirty_rate_bytes_per_s;
@@ -404,10 +447,12 @@ impl Source {
         }
         if self.release_by.is_some_and(|at| at <= now.mono) {
             self.release_by = None;
-            self.fail(
-                "QEMU did not pause the VM within 2 s after its release",
-                false,
-            );
+            let text = if self.going_back {
+                "QEMU did not hold the VM again within 2 s after it was sent back"
+            } else {
+                "QEMU did not pause the VM within 2 s after its release"
+            };
+            self.fail(text, false);
         }
         if self.switch_by.is_some_and(|at| at <= now.mono) {
             self.switch_by = None;

@@ -1,13 +1,16 @@
 //! What QEMU says on its monitor, and what follows from it.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
-use super::{ANSWER, ARM_SYNCS, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag};
+use super::{ANSWER, ARM_SYNCS, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag, own_hold};
 use crate::commit::SourceHalf;
 use crate::hold::Sample;
-use crate::migration::{Now, Output};
+use crate::migration::identity::HoldBy;
+use crate::migration::{Now, Output, STREAM_FD};
 use crate::protocol::event::Event;
-use crate::protocol::types::{HoldReason, Phase, Role};
+use crate::protocol::types::{HoldReason, Phase, Role, Transport};
 use crate::qmp::QmpMessage;
 
 impl Source {
@@ -58,7 +61,18 @@ impl Source {
                 self.half.enter(now, Phase::Armed);
                 self.armed_at = Some((now.mono, None));
                 self.next_armed = Some(now.mono);
-                self.next_poll = Some(now.mono + QUICK_POLL);
+                let pause = if self.hold == HoldBy::Qemu {
+                    Duration::ZERO
+                } else {
+                    QUICK_POLL
+                };
+                self.next_poll = Some(now.mono + pause);
+            }
+            Tag::Back => {
+                self.remaining_at_release = None;
+                self.half.stopped_at_us = None;
+                self.half.resumed_at_us = None;
+                self.next_poll = Some(now.mono);
             }
             Tag::Cancel => self.send(now, Tag::Cancelled, "query-migrate", Value::Null),
             Tag::Cancelled => {
@@ -83,7 +97,12 @@ impl Source {
 
     pub(super) fn refused(&mut self, now: Now, tag: Tag, error: &str) {
         match tag {
-            Tag::Tune | Tag::Yank | Tag::Quit | Tag::Poll => {}
+            Tag::Tune | Tag::Yank | Tag::Quit | Tag::Poll | Tag::TakeBack | Tag::Disarm => {}
+            Tag::Start if self.half.transport == Transport::Direct => {
+                let name = json!({ "fdname": STREAM_FD });
+                self.send(now, Tag::TakeBack, "closefd", name);
+                self.fail(format!("QEMU refused to migrate: {error}"), false);
+            }
             Tag::Cancel => self.send(now, Tag::Ended, "query-status", Value::Null),
             Tag::RestoreCapabilities | Tag::RestoreParameters => {
                 self.half.fault(
@@ -113,6 +132,11 @@ impl Source {
             "RESUME" if self.half.stopped_at_us.is_some() => {
                 self.half.resumed_at_us = Some(at_us);
             }
+            "MIGRATION_ROUND" if self.hold == HoldBy::Qemu => self.round_ended(data),
+            "MIGRATION_SWITCHOVER_HELD" if self.hold == HoldBy::Qemu => self.qemu_holds(now, data),
+            "MIGRATION_SWITCHOVER_STOPPED" if self.hold == HoldBy::Qemu => {
+                self.stopped(now, data["remaining"].as_u64().unwrap_or(0));
+            }
             "MIGRATION_PASS" if self.half.phase() == Phase::Precopy => {
                 self.next_poll = self.next_poll.map(|_| now.mono);
             }
@@ -131,6 +155,10 @@ impl Source {
             "pre-switchover" => {
                 self.release_by = None;
                 self.next_poll = None;
+                if self.hold == HoldBy::Qemu {
+                    // What remains comes with an event of its own.
+                    return;
+                }
                 self.send(now, Tag::Paused, "query-migrate", Value::Null);
             }
             "device" if self.half.phase() == Phase::Precopy && !self.settings.hold => {
@@ -194,6 +222,7 @@ impl Source {
         let Some(sample) = read_sample(value) else {
             return;
         };
+        let sample = own_hold::refine(sample, value);
         self.last = Some(sample);
         self.half.total_bytes = self.half.total_bytes.max(sample.total_bytes);
         match self.half.phase() {
@@ -201,6 +230,12 @@ impl Source {
                 let Some(rounds) = &mut self.rounds else {
                     return;
                 };
+                if self.hold == HoldBy::Qemu {
+                    if rounds.is_overdue(now.mono, sample) {
+                        self.ask_hold(now);
+                    }
+                    return;
+                }
                 let (round, reason) = rounds.observe(now.mono, sample, self.rate_bytes_per_s);
                 if let Some(round) = round {
                     let vm = self.half.name.clone();
@@ -240,7 +275,12 @@ impl Source {
             return false;
         };
         let base = *base.get_or_insert(syncs);
-        syncs >= base + ARM_SYNCS || now.mono >= *since + ARM_TIME
+        let wanted = if self.hold == HoldBy::Qemu {
+            1
+        } else {
+            ARM_SYNCS
+        };
+        syncs >= base + wanted || now.mono >= *since + ARM_TIME
     }
 
     pub(super) fn paused(&mut self, now: Now, value: &Value) {

@@ -4,10 +4,10 @@ use serde_json::{Value, json};
 
 use super::{AfterNote, FULL_SPEED, Source, Tag};
 use crate::commit::SourceHalf;
-use crate::migration::identity::{CapabilityPlan, Identity, Question};
+use crate::migration::identity::{CapabilityPlan, HoldBy, Identity, Question};
 use crate::migration::{Now, Output};
 use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, Role};
+use crate::protocol::types::{Phase, QemuBuild, Role, Transport};
 
 impl Source {
     pub(super) fn ready(&mut self, now: Now, version: String) {
@@ -26,6 +26,7 @@ impl Source {
             stream: None,
             memory_bytes: self.half.total_bytes,
             qemu_version: self.identity.version.clone(),
+            qemu_build: self.identity.build(),
         };
         self.half.tell(event);
     }
@@ -38,6 +39,9 @@ impl Source {
         if self.settings.multifd_channels > 0 {
             parameters["multifd-channels"] = json!(self.settings.multifd_channels);
         }
+        if self.hold == HoldBy::Qemu {
+            self.add_hold_parameters(&mut parameters);
+        }
         if self.settings.throttle {
             parameters["cpu-throttle-initial"] = json!(1);
             parameters["max-cpu-throttle"] = json!(1);
@@ -45,6 +49,15 @@ impl Source {
             parameters["throttle-trigger-threshold"] = json!(100);
         }
         parameters
+    }
+
+    /// A patched QEMU does not throttle while it holds: where that may be wanted the relay holds.
+    fn choose_hold(&self) -> HoldBy {
+        match self.identity.build() {
+            _ if !self.settings.hold => HoldBy::Nobody,
+            QemuBuild::Patched if !self.settings.throttle => HoldBy::Qemu,
+            _ => HoldBy::Relay,
+        }
     }
 
     pub(super) fn identified(&mut self, now: Now) {
@@ -56,13 +69,15 @@ impl Source {
         if self.half.phase() != Phase::Preparing {
             return;
         }
+        self.hold = self.choose_hold();
         let plan = CapabilityPlan {
-            hold: self.settings.hold,
+            hold: self.hold,
             pause: self.settings.hold,
             throttle: self.settings.throttle,
             multifd: self.settings.multifd_channels > 0,
         };
         let identity = &self.identity;
+        let is_direct = self.settings.transport == Transport::Direct;
         let problem = if identity.uuid != self.half.uuid {
             Some(format!(
                 "the VM behind this monitor has UUID {}, expected {}: check `uuid` in the \
@@ -82,6 +97,15 @@ impl Source {
                 "a migration is already going on (`{}`): wait for it or cancel it",
                 identity.migration
             ))
+        } else if is_direct && self.hold == HoldBy::Relay {
+            Some(format!(
+                "transport direct needs a QEMU that holds by itself, and no throttling; QEMU {} \
+                 here is {}: use transport relay",
+                identity.version,
+                identity.build()
+            ))
+        } else if is_direct && self.settings.multifd_channels > 0 {
+            Some("transport direct has one connection: use transport relay with multifd".into())
         } else {
             plan.missing(identity)
         };

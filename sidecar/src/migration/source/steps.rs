@@ -10,9 +10,10 @@ use super::{
 };
 use crate::commit::SourceHalf;
 use crate::hold::{HoldPacer, Rounds};
-use crate::migration::{Now, Output};
+use crate::migration::identity::HoldBy;
+use crate::migration::{Now, Output, STREAM_FD};
 use crate::protocol::event::Event;
-use crate::protocol::types::{HoldReason, Phase};
+use crate::protocol::types::{HoldReason, Phase, Transport};
 
 impl Source {
     /// `start`: begins pre-copy.
@@ -42,7 +43,10 @@ impl Source {
                 if !self.settings.hold {
                     self.state = SourceHalf::Released;
                 }
-                self.half.put(Output::Listen);
+                self.half.put(match self.settings.transport {
+                    Transport::Relay => Output::Listen,
+                    Transport::Direct => Output::Connect,
+                });
             }
             Some(AfterNote::Arm) if self.waits_paused => {
                 self.half.enter(now, Phase::Armed);
@@ -54,6 +58,7 @@ impl Source {
                     dirty_rate_bytes_per_s: 0,
                 });
             }
+            Some(AfterNote::Arm) if self.hold == HoldBy::Qemu => self.arm_hold(now, true),
             Some(AfterNote::Arm) => {
                 let parameters =
                     json!({ "max-bandwidth": FULL_SPEED, "downtime-limit": ANY_DOWNTIME_MS });
@@ -65,7 +70,22 @@ impl Source {
 
     /// The relay listens on this unix socket for QEMU's stream.
     pub fn listening(&mut self, now: Now, path: &str) {
-        let uri = format!("unix:{path}");
+        self.begin(now, &format!("unix:{path}"));
+    }
+
+    /// The destination is connected, and the daemon has the socket for QEMU.
+    pub fn connected(&mut self, now: Now) {
+        if self.half.phase() != Phase::Prepared {
+            return;
+        }
+        if let Some(qmp) = &mut self.qmp {
+            let name = json!({ "fdname": STREAM_FD });
+            qmp.send_with_descriptor(now.mono, Tag::Handover, "getfd", name, ANSWER);
+        }
+        self.begin(now, &format!("fd:{STREAM_FD}"));
+    }
+
+    fn begin(&mut self, now: Now, uri: &str) {
         self.send(now, Tag::Start, "migrate", json!({ "uri": uri }));
         self.half.enter(now, Phase::Precopy);
         self.rounds = Some(Rounds::new(
@@ -78,8 +98,11 @@ impl Source {
 
     /// `hold`: into wait-and-copy now.
     pub fn hold(&mut self, now: Now) {
-        if self.half.phase() == Phase::Precopy && self.settings.hold {
-            self.enter_hold(now, HoldReason::Asked);
+        match self.hold {
+            _ if self.half.phase() != Phase::Precopy => {}
+            HoldBy::Nobody => {}
+            HoldBy::Relay => self.enter_hold(now, HoldReason::Asked),
+            HoldBy::Qemu => self.ask_hold(now),
         }
     }
 
@@ -88,9 +111,12 @@ impl Source {
         let remaining_bytes = sample.map_or(0, |s| s.remaining_bytes);
         let dirty_rate = sample.map_or(0, |s| s.dirty_rate_bytes_per_s);
         self.half.enter(now, Phase::Held);
-        let pacer = HoldPacer::new(dirty_rate);
-        self.tune(now, json!({ "max-bandwidth": pacer.current() }));
-        self.pacer = Some(pacer);
+        // A patched QEMU sleeps by itself.
+        if self.hold != HoldBy::Qemu {
+            let pacer = HoldPacer::new(dirty_rate);
+            self.tune(now, json!({ "max-bandwidth": pacer.current() }));
+            self.pacer = Some(pacer);
+        }
         let vm = self.half.name.clone();
         let dirty_rate_bytes_per_s = dirty_rate;
         self.half.tell(Event::Held {
@@ -125,6 +151,11 @@ impl Source {
         }
         self.armed_at = None;
         self.next_armed = None;
+        if self.hold == HoldBy::Qemu {
+            self.half.enter(now, Phase::Held);
+            self.arm_hold(now, false);
+            return;
+        }
         self.half.enter(now, Phase::Held);
         let pacer = HoldPacer::new(self.last.map_or(0, |s| s.dirty_rate_bytes_per_s));
         let limit = crate::hold::millis(self.settings.max_downtime);
@@ -142,13 +173,19 @@ impl Source {
         } else if self.half.phase() == Phase::Armed && self.release_by.is_none() {
             self.release_by = Some(now.mono + RELEASE_DEADLINE);
             self.next_armed = None;
-            self.half.put(Output::OpenAckGate);
+            match self.hold {
+                HoldBy::Qemu => {
+                    self.send(now, Tag::Release, "migrate-switchover-release", json!({}));
+                }
+                _ => self.half.put(Output::OpenAckGate),
+            }
         }
     }
 
     /// `continue`: stop-and-copy.
     pub fn proceed(&mut self, now: Now) {
-        if self.half.phase() != Phase::Stopped || self.state != SourceHalf::Reversible {
+        let may = self.state == SourceHalf::Reversible && !self.going_back;
+        if self.half.phase() != Phase::Stopped || !may {
             return;
         }
         self.state = SourceHalf::Released;
