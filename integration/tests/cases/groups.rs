@@ -47,7 +47,7 @@ fn options(policy: Policy) -> RunOptions {
     }
 }
 
-fn go(
+pub fn go(
     lab: &Lab,
     policy: Policy,
     from: &str,
@@ -62,7 +62,7 @@ fn go(
 }
 
 /// Migration settings of every guest on `host`, as QEMU has them.
-fn migration_settings(lab: &Lab, host: &str) -> Result<BTreeMap<String, Value>> {
+pub fn migration_settings(lab: &Lab, host: &str) -> Result<BTreeMap<String, Value>> {
     let mut all = BTreeMap::new();
     for guest in &lab.spec.guests {
         let mut monitor = lab.monitor(&guest.name, host)?;
@@ -76,7 +76,7 @@ fn migration_settings(lab: &Lab, host: &str) -> Result<BTreeMap<String, Value>> 
     Ok(all)
 }
 
-fn check_all(lab: &Lab, host: &str, since: Micros) -> Result<()> {
+pub fn check_all(lab: &Lab, host: &str, since: Micros) -> Result<()> {
     wait_for_all(lab, host, LIMIT)?;
     for guest in &lab.spec.guests {
         let mut seen = Seen::default();
@@ -88,7 +88,7 @@ fn check_all(lab: &Lab, host: &str, since: Micros) -> Result<()> {
 }
 
 /// Nothing of a run is left: no files of it, no processes beyond what must be.
-fn nothing_left(lab: &Lab, guests_on: &str) -> Result<()> {
+pub fn nothing_left(lab: &Lab, guests_on: &str) -> Result<()> {
     for host in lab.spec.hosts.clone() {
         let directory = lab.host_directory(&host);
         for (place, allowed) in [

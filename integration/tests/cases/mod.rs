@@ -2,6 +2,7 @@
 
 mod benches;
 mod commands;
+mod direct;
 mod groups;
 mod guests;
 mod moves;
@@ -39,6 +40,9 @@ pub const GUEST_CASES: &[(&str, GuestCase)] = &[
     ("several_channels_carry_a_group", groups::several_channels),
     ("a_paused_vm_stays_paused", groups::paused_stays_paused),
     ("a_waiting_qemu_is_adopted", groups::adopted),
+    ("a_stream_goes_direct_without_a_hold", direct::without_hold),
+    ("a_direct_stream_keeps_its_pace", direct::paced),
+    ("a_patched_qemu_holds_a_direct_stream", direct::with_hold),
 ];
 
 /// Guests that dirty memory faster than it is sent. Under TCG QEMU's dirty tracking has a fault
