@@ -136,10 +136,16 @@ pub struct Appetite {
 }
 
 impl Appetite {
-    /// Takes what the kernel says; what the stream would take from now on. One with bytes that wait
-    /// to be sent takes what it gets; the others, at most a little more than they did. Also returns
-    /// how many bytes were acknowledged since the last time.
-    pub fn observe(&mut self, now: Instant, seen: Progress) -> (Demand, u64) {
+    /// Takes what the kernel says, and the pace that it keeps; what the stream would take from now
+    /// on. One that fills its pace takes what it gets; the others, at most a little more than they
+    /// did: twice as much if bytes wait, which may be a burst or the beginning of more. Also
+    /// returns how many bytes were acknowledged since the last time.
+    pub fn observe(
+        &mut self,
+        now: Instant,
+        seen: Progress,
+        bytes_per_s: Option<u64>,
+    ) -> (Demand, u64) {
         let acked = seen.acked_bytes;
         let (at, before) = self.last.replace((now, acked)).unwrap_or((now, acked));
         let moved = acked.saturating_sub(before);
@@ -148,11 +154,13 @@ impl Appetite {
         if let Some(rate) = rate {
             self.rates = [self.rates[1], u64::try_from(rate).unwrap_or(u64::MAX)];
         }
-        if seen.unsent_bytes > 0 {
+        let most = self.rates[0].max(self.rates[1]);
+        let waits = seen.unsent_bytes > 0;
+        if waits && bytes_per_s.is_none_or(|pace| most >= pace / 10 * 7) {
             return (Demand::Everything, moved);
         }
-        let most = self.rates[0].max(self.rates[1]);
-        let wanted = most.saturating_add(most / 4).saturating_add(HEADROOM);
+        let more = if waits { most } else { most / 4 };
+        let wanted = most.saturating_add(more).saturating_add(HEADROOM);
         (Demand::AtMost(BytesPerSecond(wanted)), moved)
     }
 }
@@ -209,14 +217,20 @@ mod tests {
     fn appetite_follows_what_is_taken() {
         let now = Instant::now();
         let mut appetite = Appetite::default();
-        assert_eq!(appetite.observe(now, seen(1000, 1)).0, Demand::Everything);
-        let (demand, moved) = appetite.observe(now + 100 * MS, seen(401_000, 0));
+        let mut look = |at, seen, pace| appetite.observe(now + at * MS, seen, pace);
+        assert_eq!(look(0, seen(1000, 1), None).0, Demand::Everything);
+        let (demand, moved) = look(100, seen(401_000, 0), None);
         assert_eq!(moved, 400_000);
         assert_eq!(demand, Demand::AtMost(BytesPerSecond(5_000_000 + HEADROOM)));
-        let (demand, _) = appetite.observe(now + 200 * MS, seen(401_000, 0));
+        let (demand, _) = look(200, seen(401_000, 0), None);
         assert_eq!(demand, Demand::AtMost(BytesPerSecond(5_000_000 + HEADROOM)));
-        let (demand, _) = appetite.observe(now + 300 * MS, seen(401_000, 0));
+        let (demand, _) = look(300, seen(401_000, 0), None);
         assert_eq!(demand, Demand::AtMost(BytesPerSecond(HEADROOM)));
+        // Bytes that wait are no sign of hunger where the pace is far from reached.
+        let (demand, _) = look(400, seen(501_000, 9), Some(90_000_000));
+        assert_eq!(demand, Demand::AtMost(BytesPerSecond(2_000_000 + HEADROOM)));
+        let (demand, _) = look(500, seen(601_000, 9), Some(1_200_000));
+        assert_eq!(demand, Demand::Everything);
     }
 
     #[test]

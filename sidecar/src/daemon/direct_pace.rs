@@ -61,15 +61,16 @@ impl Stream {
     /// Bytes of the stream that are across.
     #[must_use]
     pub fn bytes(&self, role: Role) -> u64 {
+        let seen = tcp::progress(&self.socket).unwrap_or(self.seen);
         let count = |progress: &Progress| match role {
             Role::Source => progress.acked_bytes,
             Role::Destination => progress.received_bytes,
         };
-        count(&self.seen).saturating_sub(count(&self.begun))
+        count(&seen).saturating_sub(count(&self.begun))
     }
 
     fn look(&mut self) -> Progress {
-        // A socket that was reset keeps its last numbers.
+        // A socket that is gone keeps its last numbers.
         if let Ok(seen) = tcp::progress(&self.socket) {
             self.seen = seen;
         }
@@ -124,7 +125,7 @@ impl Daemon {
                     if stream.stall.observe(now.mono, seen, stream.pace) {
                         stalled.push((*run, index));
                     }
-                    let (demand, moved) = stream.appetite.observe(now.mono, seen);
+                    let (demand, moved) = stream.appetite.observe(now.mono, seen, stream.pace);
                     let urgent = source.is_urgent();
                     demands.insert(leaf, if urgent { Demand::Everything } else { demand });
                     charges.push((leaf, Bytes(moved)));

@@ -282,8 +282,7 @@ impl Source {
     /// Whether it is to have its full share of the bandwidth, whatever it uses of it now.
     #[must_use]
     pub fn is_urgent(&self) -> bool {
-        let phase = self.half.phase();
-        matches!(phase, Phase::Armed | Phase::Stopped | Phase::Switching)
+        matches!(self.half.phase(), Phase::Stopped | Phase::Switching)
     }
 
     /// Whether all of its stream has been taken.
