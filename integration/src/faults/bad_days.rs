@@ -13,6 +13,8 @@ use super::aftermath::{Asker, Baseline};
 use super::log::{Entry, Log, What};
 use super::play::lab_spec;
 use super::steer::{At, Coordinator, Said};
+use sidecar::protocol::types::Transport;
+
 use crate::guest::GuestSpec;
 use crate::lab::verify::verify_stopped;
 use crate::lab::{Lab, LabError};
@@ -186,7 +188,7 @@ impl Drop for SmallDisk {
 /// # Errors
 /// What is not as it must be, and what happened.
 pub fn play(day: BadDay, accel: Accel, interrupt: &Interrupt) -> Result<String> {
-    let spec = lab_spec(accel, 2, Some(WITNESS))?;
+    let spec = lab_spec(accel, 2, Some(WITNESS), Transport::Relay)?;
     let mut lab = Lab::build(spec, interrupt)?;
     let mut disk = None;
     if let Some(host) = day.disk() {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use nix::sys::signal::Signal;
+use sidecar::protocol::types::{QemuBuild, Transport};
 
 /// What happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -123,6 +124,8 @@ pub struct Cell {
     pub target: Target,
     /// When.
     pub point: Point,
+    /// How the streams go.
+    pub transport: Transport,
 }
 
 impl Cell {
@@ -131,6 +134,20 @@ impl Cell {
     /// gone for good.
     #[must_use]
     pub fn all() -> Vec<Self> {
+        Self::over(Transport::Relay)
+    }
+
+    /// The table for this QEMU: a patched one is held over both transports.
+    #[must_use]
+    pub fn possible(build: QemuBuild) -> Vec<Self> {
+        let mut cells = Self::all();
+        if build == QemuBuild::Patched {
+            cells.extend(Self::over(Transport::Direct));
+        }
+        cells
+    }
+
+    fn over(transport: Transport) -> Vec<Self> {
         use Target as T;
         let processes = [
             T::Coordinator,
@@ -144,12 +161,14 @@ impl Cell {
             fault: Fault::None,
             target: T::Nobody,
             point: Point::Arrived,
+            transport,
         }];
         let mut add = |fault, target, points: &[Point]| {
             cells.extend(points.iter().map(|&point| Self {
                 fault,
                 target,
                 point,
+                transport,
             }));
         };
         for fault in [Fault::Kill, Fault::Stop] {
@@ -188,8 +207,19 @@ impl Cell {
             alone: (alone, others),
             finally: (finally, others),
         };
+        let direct = self.transport == Transport::Direct;
         match (self.target, self.fault) {
             (Target::Nobody, _) => forward,
+            // The destination's sidecar misses its companion and shuts the stream down, which a
+            // paused source notices, too; in stop-and-copy the QEMUs may be done before.
+            (Target::SourceSidecar, Fault::Kill | Fault::Stop)
+                if direct && self.point == Point::Stopped =>
+            {
+                back
+            }
+            (Target::SourceSidecar, Fault::Stop) if direct && self.point == Point::Switching => {
+                same(P::SourceOrPaused, P::Source)
+            }
             (Target::Coordinator, _) if self.point < Point::Committing => back,
             // A source whose stream breaks in stop-and-copy goes on by itself; one that is paused
             // before it, or has sent everything, is in the hands of its own sidecar alone.
@@ -280,7 +310,10 @@ impl fmt::Display for Point {
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = format!("{}/{}/{}", self.fault, self.target, self.point);
-        f.pad(&text)
+        match self.transport {
+            Transport::Relay => f.pad(&text),
+            Transport::Direct => f.pad(&format!("direct/{text}")),
+        }
     }
 }
 
@@ -303,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_vm_is_lost_only_with_its_source_before_its_arrival() {
-        for cell in Cell::all() {
+        for cell in Cell::possible(QemuBuild::Patched) {
             let lost = cell.expected().finally.0 == Place::Lost;
             let source_died = cell.target == Target::SourceQemu && cell.fault == Fault::Kill;
             assert_eq!(

@@ -22,7 +22,7 @@ use std::time::Instant;
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 
-use crate::qemu::{Accel, AccelChoice, accel};
+use crate::qemu::{Accel, AccelChoice, accel, installed};
 use crate::signals::Interrupt;
 use bad_days::BadDay;
 use cell::Cell;
@@ -68,7 +68,7 @@ pub struct Pass {
 pub fn faults(options: &FaultOptions, interrupt: &Interrupt) -> Result<()> {
     let chosen = accel::choose(options.accel)?;
     println!("{}", chosen.reason);
-    let cells: Vec<Cell> = Cell::all()
+    let cells: Vec<Cell> = Cell::possible(installed()?.build)
         .into_iter()
         .filter(|cell| cell.to_string().contains(&options.only))
         .collect();

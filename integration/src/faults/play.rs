@@ -12,7 +12,7 @@ use coordinator::Application;
 use coordinator::operate::{self, Wish};
 use serde::Deserialize;
 use sidecar::protocol::command::{Command, QueryRunArgs};
-use sidecar::protocol::types::{Decision, Phase, Role, VmReport};
+use sidecar::protocol::types::{Decision, Phase, Role, Transport, VmReport};
 use uuid::Uuid;
 
 use super::aftermath::{Asker, Baseline};
@@ -88,8 +88,14 @@ fn guests(count: usize) -> Result<Vec<GuestSpec>> {
 ///
 /// # Errors
 /// A guest is not possible.
-pub fn lab_spec(accel: Accel, vms: usize, register: Option<&str>) -> Result<LabSpec> {
+pub fn lab_spec(
+    accel: Accel,
+    vms: usize,
+    register: Option<&str>,
+    transport: Transport,
+) -> Result<LabSpec> {
     let mut settings = vec![
+        format!("transport = \"{transport}\""),
         "lease = \"3s\"".to_owned(),
         "max-downtime = \"300ms\"".to_owned(),
         "report-interval = \"50ms\"".to_owned(),
@@ -127,7 +133,7 @@ pub fn play(cell: Cell, accel: Accel, vms: usize, interrupt: &Interrupt) -> Row 
         took: Duration::ZERO,
     };
     let register = (!cell.register_at_source()).then_some(WITNESS);
-    let played = lab_spec(accel, vms, register)
+    let played = lab_spec(accel, vms, register, cell.transport)
         .and_then(|spec| Ok(Lab::build(spec, interrupt)?))
         .and_then(|lab| Play::new(cell, lab)?.run(&mut row));
     if let Err(error) = played {

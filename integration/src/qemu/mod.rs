@@ -7,16 +7,17 @@
 
 pub mod accel;
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use sidecar::protocol::types::QemuBuild;
 
 pub use accel::{Accel, AccelChoice, AccelError, ChosenAccel};
 
@@ -113,6 +114,8 @@ pub struct Installed {
     pub version: String,
     /// What `pc` stands for in it, such as `pc-i440fx-10.0`.
     pub machine: String,
+    /// Whether it has Muster's patches.
+    pub build: QemuBuild,
 }
 
 /// Finds QEMU: `MUSTER_QEMU`, or `qemu-system-x86_64` on the path. Asked once per process.
@@ -127,11 +130,48 @@ pub fn installed() -> Result<&'static Installed, QemuError> {
     let program = std::env::var("MUSTER_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
     let version = parse_version(&program, &ask(&program, "-version")?)?;
     let machine = parse_machine(&program, &ask(&program, "-machine=help")?)?;
+    let build = build_of(&program);
     Ok(FOUND.get_or_init(|| Installed {
         program,
         version,
         machine,
+        build,
     }))
+}
+
+/// A program that does not answer is no patched one.
+fn build_of(program: &str) -> QemuBuild {
+    let questions = concat!(
+        r#"{"execute":"qmp_capabilities"}"#,
+        r#"{"execute":"query-migrate-capabilities"}"#,
+        r#"{"execute":"quit"}"#
+    );
+    let asked = Command::new(program)
+        .args([
+            "-M",
+            "none",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-qmp",
+            "stdio",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .and_then(|mut child| {
+            if let Some(mut stdin) = child.stdin.take() {
+                stdin.write_all(questions.as_bytes())?;
+            }
+            child.wait_with_output()
+        });
+    let said = asked.map_or_else(|_| Vec::new(), |output| output.stdout);
+    if String::from_utf8_lossy(&said).contains("\"switchover-hold\"") {
+        QemuBuild::Patched
+    } else {
+        QemuBuild::Stock
+    }
 }
 
 fn ask(program: &str, option: &str) -> Result<String, QemuError> {
