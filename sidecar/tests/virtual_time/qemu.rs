@@ -76,6 +76,20 @@ impl Qemu {
         qemu
     }
 
+    /// From now on it has Muster's patches.
+    pub fn patch(&mut self) {
+        self.capabilities.insert("switchover-hold".into(), false);
+        for (name, value) in [
+            ("stall-threshold", 10),
+            ("stall-rounds", 2),
+            ("max-rounds", 0),
+            ("max-bytes", 0),
+        ] {
+            let name = format!("switchover-hold-{name}");
+            self.parameters.insert(name, json!(value));
+        }
+    }
+
     fn say(&mut self, value: &Value) {
         self.said.extend(value.to_string().into_bytes());
         self.said.push(b'\n');

@@ -42,6 +42,85 @@ fn three_vms_move_together() {
 }
 
 #[test]
+fn patched_vms_go_back_from_a_release_that_is_too_heavy() {
+    let mut s = Script::new(spec(&["web", "db"], true));
+    s.build = QemuBuild::Patched;
+    s.up_to("stopping");
+    s.took();
+    s.stopped(20 * MB); // 2 × 20 MB at 50 MB/s: 800 ms, max-downtime is 300 ms
+    assert_eq!(s.took(), vec![(A, "back")]);
+    assert!(matches!(s.steps.last(), Some(Step::SentBack { .. })));
+    s.held();
+    s.pass(Duration::from_secs(1));
+    assert_eq!(s.took(), vec![(A, "arm")]);
+    s.steady(MB);
+    s.stopped(MB);
+    let took = s.took();
+    assert_eq!(took, vec![(A, "release"), (A, "pace"), (A, "continue")]);
+    s.arrived(Role::Source);
+    s.arrived(Role::Destination);
+    let moves = s.group.vm_moves(|host| format!("h{}", host.0));
+    assert_eq!(moves[0].1.remaining_at_release_bytes, Some(MB));
+}
+
+#[test]
+fn a_release_that_one_qemu_refuses_takes_the_others_back() {
+    let mut s = Script::new(spec(&["web", "db"], true));
+    s.build = QemuBuild::Patched;
+    s.up_to("stopping");
+    s.took();
+    let held = |vm: &str| Event::Held {
+        vm: vm.into(),
+        reason: HoldReason::Converged,
+        remaining_bytes: MB,
+        dirty_rate_bytes_per_s: MB,
+    };
+    s.event(A, held("web"));
+    assert_eq!(s.took(), vec![]);
+    let stopped = Event::Stopped {
+        vm: "db".into(),
+        remaining_bytes: MB,
+        stopped_at_us: 5,
+    };
+    s.event(A, stopped);
+    assert_eq!(s.took(), vec![(A, "back")]);
+    s.event(A, held("db"));
+    s.pass(Duration::from_secs(1));
+    assert_eq!(s.took(), vec![(A, "arm")]);
+}
+
+#[test]
+fn sent_back_for_good_it_is_given_up() {
+    let mut s = Script::new(spec(&["web"], true));
+    s.build = QemuBuild::Patched;
+    s.up_to("stopping");
+    s.took();
+    for _ in 0..20 {
+        if s.group.reason().is_some() {
+            break;
+        }
+        s.stopped(50 * MB);
+        s.held();
+        while !s.took().contains(&(A, "arm")) && s.group.reason().is_none() {
+            s.pass(Duration::from_millis(500));
+        }
+        s.steady(MB);
+    }
+    assert!(
+        s.reason().contains("max-downtime is 300 ms"),
+        "{}",
+        s.reason()
+    );
+    // Nothing comes of a `back` either.
+    let mut s = Script::new(spec(&["web"], true));
+    s.build = QemuBuild::Patched;
+    s.up_to("stopping");
+    s.stopped(50 * MB);
+    s.pass(Duration::from_secs(6));
+    assert!(s.reason().contains("not held again"), "{}", s.reason());
+}
+
+#[test]
 fn without_hold_the_vm_switches_over_by_itself() {
     let mut s = Script::new(spec(&["web"], false));
     s.prepared();

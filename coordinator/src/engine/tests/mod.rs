@@ -61,6 +61,8 @@ pub(super) struct Script {
     seq: [u64; 3],
     /// Hosts whose commands are answered with `{}` at once.
     pub answering: [bool; 3],
+    /// What the sources' QEMUs are.
+    pub build: QemuBuild,
 }
 
 impl Script {
@@ -81,6 +83,7 @@ impl Script {
             steps: Vec::new(),
             seq: [0; 3],
             answering,
+            build: QemuBuild::Stock,
         };
         script.group.begin(script.now);
         script.drain();
@@ -170,6 +173,7 @@ impl Script {
     }
 
     pub fn prepared(&mut self) {
+        let qemu_build = self.build;
         for (host, role) in [(A, Role::Source), (B, Role::Destination)] {
             self.each(host, |vm| Event::Prepared {
                 stream: (role == Role::Destination).then(|| format!("10.0.0.2:4601/{vm}")),
@@ -177,7 +181,7 @@ impl Script {
                 role,
                 memory_bytes: 100 * MB,
                 qemu_version: "10.0.2".into(),
-                qemu_build: QemuBuild::Stock,
+                qemu_build,
             });
         }
     }
