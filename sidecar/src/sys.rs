@@ -94,6 +94,20 @@ pub fn get_option(
     Ok(usize::try_from(length).unwrap_or(0).min(value.len()))
 }
 
+/// What an ioctl that tells a number of a socket's bytes says: SIOCOUTQ or SIOCINQ.
+///
+/// # Errors
+/// It is no socket, or one that does not count them.
+pub fn queued_bytes(socket: &impl AsFd, which: libc::Ioctl) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open while it is borrowed; both requests write one int, to ours.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), which, &raw mut bytes) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u64::try_from(bytes).unwrap_or(0))
+}
+
 /// Lets the program start with no signal blocked: the sidecar's own mask, which its children would
 /// inherit, keeps SIGTERM from them.
 pub fn unblock_signals(command: &mut std::process::Command) {

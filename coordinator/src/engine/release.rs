@@ -18,7 +18,8 @@ pub(super) const HORIZON: Duration = Duration::from_secs(10);
 const THROTTLE_SETTLES: Duration = Duration::from_secs(4);
 const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
 const REPORT_WHILE_ARMED_MS: u64 = 25;
-const WEIGH_INTERVAL: Duration = Duration::from_millis(20);
+/// Longer than two reports take: what looks unchanged has not been looked at again.
+const WEIGH_INTERVAL: Duration = Duration::from_millis(50);
 /// A group that has just been held is armed after this time at the latest.
 const DRAIN_WITHIN: Duration = Duration::from_millis(600);
 /// An armed QEMU that is not patched spins: not longer than this at a time.

@@ -167,6 +167,16 @@ impl Channel {
         end.writable |= writable;
     }
 
+    /// Source: bytes that QEMU has written and the destination's host has not taken.
+    #[must_use]
+    pub fn in_flight_bytes(&self) -> u64 {
+        let unread = self
+            .qemu
+            .as_ref()
+            .map_or(0, |end| end.socket.unread_bytes());
+        unread + self.from_qemu.len() as u64 + self.peer.socket.unacknowledged_bytes()
+    }
+
     /// Source: opens the gate; true if an acknowledgement had been kept.
     pub fn open_gate(&mut self) -> bool {
         let kept = self.gate.as_mut().map(AckGate::open).unwrap_or_default();

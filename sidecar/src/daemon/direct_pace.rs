@@ -17,6 +17,7 @@ use crate::direct::{self, Appetite, Progress, Stall};
 use crate::migration::Now;
 use crate::protocol::types::Role;
 use crate::run::VmHalf;
+use crate::sys;
 
 /// How often shares are worked out anew, and progress is looked at.
 const TICK: Duration = Duration::from_millis(50);
@@ -47,6 +48,12 @@ impl Stream {
             appetite: Appetite::default(),
             pace: None,
         }
+    }
+
+    /// Bytes that QEMU has written and the other host has not acknowledged.
+    #[must_use]
+    pub fn in_flight_bytes(&self) -> u64 {
+        sys::queued_bytes(&self.socket, libc::TIOCOUTQ).unwrap_or(0)
     }
 
     /// Writes one byte, before QEMU does.

@@ -103,6 +103,17 @@ impl HalfIo {
     }
 }
 
+impl HalfIo {
+    /// Source: bytes that its QEMU has written and that are still on their way.
+    #[must_use]
+    pub fn in_flight_bytes(&self, channels: &HashMap<usize, Channel>) -> u64 {
+        let open = self.channels.iter().filter_map(|id| channels.get(id));
+        let relayed: u64 = open.map(Channel::in_flight_bytes).sum();
+        let stream = self.direct.stream.as_ref();
+        relayed + stream.map_or(0, Stream::in_flight_bytes)
+    }
+}
+
 /// A `query-vm` under way: a short visit to a monitor.
 #[derive(Debug)]
 pub struct Probe {
@@ -332,6 +343,9 @@ impl Daemon {
                 Moved::Broken(error) => break Some(error.to_string()),
             }
         };
+        if let Some(source) = half.source_mut() {
+            source.in_flight_bytes = entry.io[key.1].in_flight_bytes(&self.channels);
+        }
         let spoke = loop {
             let message = match half {
                 VmHalf::Source(source) => match source.qmp.as_mut().map(|qmp| qmp.poll(now.mono)) {

@@ -11,6 +11,8 @@ use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::sys;
+
 /// A stream socket of either kind, non-blocking.
 #[derive(Debug)]
 pub enum Socket {
@@ -96,6 +98,28 @@ impl Socket {
         }
         .ok()
         .flatten()
+    }
+
+    /// Bytes that wait here to be read (SIOCINQ).
+    #[must_use]
+    pub fn unread_bytes(&self) -> u64 {
+        self.queued(libc::FIONREAD)
+    }
+
+    /// Bytes that were written and that the other end has not acknowledged (SIOCOUTQ); of a unix
+    /// socket, the kernel's memory for those not read yet.
+    #[must_use]
+    pub fn unacknowledged_bytes(&self) -> u64 {
+        self.queued(libc::TIOCOUTQ)
+    }
+
+    fn queued(&self, which: libc::Ioctl) -> u64 {
+        let told = match self {
+            Self::Unix(stream) => sys::queued_bytes(stream, which),
+            Self::Tcp(stream) => sys::queued_bytes(stream, which),
+        };
+        // A connection that has broken has nothing under way.
+        told.unwrap_or(0)
     }
 
     /// The process at the other end of a unix socket.

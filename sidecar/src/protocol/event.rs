@@ -40,7 +40,7 @@ pub enum Event {
         vm: String,
         /// Why.
         reason: HoldReason,
-        /// Dirty memory in bytes.
+        /// Dirty memory and what is on its way, in bytes.
         remaining_bytes: u64,
         /// In bytes per second.
         dirty_rate_bytes_per_s: u64,
@@ -49,7 +49,7 @@ pub enum Event {
     Armed {
         /// The VM.
         vm: String,
-        /// Dirty memory in bytes.
+        /// Dirty memory and what is on its way, in bytes.
         remaining_bytes: u64,
         /// In bytes per second.
         dirty_rate_bytes_per_s: u64,
@@ -58,7 +58,7 @@ pub enum Event {
     Stopped {
         /// The VM.
         vm: String,
-        /// What is left to send, in bytes.
+        /// What the link still has to carry: dirty memory and what is on its way, in bytes.
         remaining_bytes: u64,
         /// QEMU's STOP event: unix time in microseconds.
         stopped_at_us: i64,

@@ -219,7 +219,8 @@ pub struct VmReport {
     pub qemu_build: QemuBuild,
     /// Bytes of the stream that this host has sent (and the other acknowledged) or received.
     pub transferred_bytes: u64,
-    /// Dirty or unsent memory in bytes.
+    /// What the link still has to carry, in bytes: dirty or unsent memory, and what QEMU has sent
+    /// and the destination's host has not taken.
     pub remaining_bytes: u64,
     /// Memory dirtied per second, in bytes, as QEMU measures it.
     pub dirty_rate_bytes_per_s: u64,

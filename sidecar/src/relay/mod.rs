@@ -56,6 +56,12 @@ impl Pipe {
         &self.buffer[self.start..end]
     }
 
+    /// How many bytes wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.waiting
+    }
+
     /// Whether nothing waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {

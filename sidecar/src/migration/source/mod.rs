@@ -133,6 +133,9 @@ pub struct Source {
     pub qmp: Option<QmpClient<Tag>>,
     /// Measured speed of the stream, kept up to date by the daemon.
     pub rate_bytes_per_s: u64,
+    /// What QEMU has sent and the destination's host has not taken, kept up to date by the daemon:
+    /// QEMU's own account of what remains is without it.
+    pub in_flight_bytes: u64,
     /// What is put back afterwards: capabilities and parameters as found.
     pub originals: Option<(Value, Value)>,
     /// Whether the guest ran before the move (else it stays paused after it).
@@ -186,6 +189,7 @@ impl Source {
             half,
             qmp: None,
             rate_bytes_per_s: 0,
+            in_flight_bytes: 0,
             originals: None,
             was_running: true,
             settings,
@@ -297,7 +301,7 @@ impl Source {
         let mut report = self.half.report();
         report.qemu_build = self.identity.build();
         if let Some(sample) = self.last {
-            report.remaining_bytes = sample.remaining_bytes;
+            report.remaining_bytes = self.left_bytes(sample.remaining_bytes);
             report.dirty_rate_bytes_per_s = sample.dirty_rate_bytes_per_s;
         }
         if let Some(rounds) = &self.rounds {
@@ -311,6 +315,11 @@ impl Source {
         report.throttle_percent = self.throttle_percent;
         report.remaining_at_release_bytes = self.remaining_at_release;
         report
+    }
+
+    /// What the link still has to carry, if QEMU says that `remaining_bytes` remain.
+    fn left_bytes(&self, remaining_bytes: u64) -> u64 {
+        remaining_bytes.saturating_add(self.in_flight_bytes)
     }
 
     fn send(&mut self, now: Now, tag: Tag, command: &str, arguments: Value) {

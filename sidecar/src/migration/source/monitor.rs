@@ -260,7 +260,7 @@ impl Source {
                 self.next_armed = Some(now.mono + POLL);
                 let event = Event::Armed {
                     vm: self.half.name.clone(),
-                    remaining_bytes: sample.remaining_bytes,
+                    remaining_bytes: self.left_bytes(sample.remaining_bytes),
                     dirty_rate_bytes_per_s: sample.dirty_rate_bytes_per_s,
                 };
                 self.half.tell(event);
@@ -294,6 +294,7 @@ impl Source {
         if self.cancelling {
             return;
         }
+        let remaining_bytes = self.left_bytes(remaining_bytes);
         self.remaining_at_release = Some(remaining_bytes);
         self.half.enter(now, Phase::Stopped);
         let vm = self.half.name.clone();

@@ -108,7 +108,7 @@ impl Source {
 
     pub(super) fn enter_hold(&mut self, now: Now, reason: HoldReason) {
         let sample = self.last;
-        let remaining_bytes = sample.map_or(0, |s| s.remaining_bytes);
+        let remaining_bytes = self.left_bytes(sample.map_or(0, |s| s.remaining_bytes));
         let dirty_rate = sample.map_or(0, |s| s.dirty_rate_bytes_per_s);
         self.half.enter(now, Phase::Held);
         // A patched QEMU sleeps by itself.
