@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use super::identity::{CapabilityPlan, HoldBy, Identity, Question};
 use super::source::Settings;
 use super::{Half, Now, Output, STREAM_FD};
-use crate::commit::{DestinationHalf, End, Next};
+use crate::commit::{DestinationHalf, Next};
 use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, Role, Side, Transport, VmReport};
+use crate::protocol::types::{Phase, Role, Transport, VmReport};
 use crate::qmp::{QmpClient, QmpMessage};
 
 const ANSWER: Duration = Duration::from_secs(2);
@@ -286,37 +286,8 @@ impl Destination {
                     self.half.put(Output::Kill);
                 }
             }
-            Next::End(end) if self.tidying == 0 => self.end(now, end),
+            Next::End(end) if self.tidying == 0 => self.half.end(now, end),
             _ => {}
-        }
-    }
-
-    fn end(&mut self, now: Now, end: End) {
-        if self.half.phase().is_final() {
-            return;
-        }
-        let vm = self.half.name.clone();
-        let reason = self.half.error().map(str::to_owned);
-        match end {
-            End::Committed => self.half.enter(now, Phase::Committed),
-            End::RolledBack => {
-                self.half.enter(now, Phase::RolledBack);
-                self.half.tell(Event::RolledBack {
-                    vm,
-                    role: Role::Destination,
-                    reason,
-                });
-            }
-            End::Diverged(side) => {
-                let phase = match side {
-                    Side::Source => Phase::RolledBack,
-                    Side::Destination => Phase::Committed,
-                };
-                self.half.enter(now, phase);
-                let reason = "its other copy was lost; this one was the last complete one".into();
-                self.half.tell(Event::Diverged { vm, side, reason });
-            }
-            End::Lost => self.half.enter(now, Phase::Failed),
         }
     }
 

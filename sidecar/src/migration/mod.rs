@@ -15,8 +15,9 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
+use crate::commit::End;
 use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, PhaseEntry, QemuBuild, Role, Transport, VmReport};
+use crate::protocol::types::{Phase, PhaseEntry, QemuBuild, Role, Side, Transport, VmReport};
 
 /// The name under which a QEMU gets the socket of its stream.
 pub const STREAM_FD: &str = "muster-stream";
@@ -113,6 +114,42 @@ impl Half {
     #[must_use]
     pub fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// Enters the last phase and says so, once. (A destination has told that it is committed when
+    /// its guest ran.)
+    pub fn end(&mut self, now: Now, end: End) {
+        if self.phase.is_final() {
+            return;
+        }
+        let (vm, role) = (self.name.clone(), self.role);
+        match end {
+            End::Committed => {
+                self.enter(now, Phase::Committed);
+                if role == Role::Source {
+                    self.tell(Event::Committed {
+                        vm,
+                        role,
+                        resumed_at_us: None,
+                    });
+                }
+            }
+            End::RolledBack => {
+                self.enter(now, Phase::RolledBack);
+                let reason = self.error.clone();
+                self.tell(Event::RolledBack { vm, role, reason });
+            }
+            End::Diverged(side) => {
+                let phase = match side {
+                    Side::Source => Phase::RolledBack,
+                    Side::Destination => Phase::Committed,
+                };
+                self.enter(now, phase);
+                let reason = "its other copy was lost; this one was the last complete one".into();
+                self.tell(Event::Diverged { vm, side, reason });
+            }
+            End::Lost => self.enter(now, Phase::Failed),
+        }
     }
 
     /// Enters a phase, once; a final one stays.

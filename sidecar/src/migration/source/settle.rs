@@ -3,10 +3,9 @@
 use serde_json::Value;
 
 use super::{ANSWER, Source, Tag};
-use crate::commit::{End, Next, SourceHalf};
+use crate::commit::{Next, SourceHalf};
 use crate::migration::{Now, Output};
-use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, Role, Side};
+use crate::protocol::types::Phase;
 
 impl Source {
     /// Carries out what `commit` says.
@@ -27,7 +26,7 @@ impl Source {
                 self.quitting = Some(now.mono + ANSWER);
                 self.send(now, Tag::Quit, "quit", Value::Null);
             }
-            Next::End(end) if self.settled => self.end(now, end),
+            Next::End(end) if self.settled => self.half.end(now, end),
             _ => {}
         }
     }
@@ -79,39 +78,6 @@ impl Source {
                 );
             }
             _ => self.settled = true,
-        }
-    }
-
-    pub(super) fn end(&mut self, now: Now, end: End) {
-        if self.half.phase().is_final() {
-            return;
-        }
-        let vm = self.half.name.clone();
-        let role = Role::Source;
-        let reason = self.half.error().map(str::to_owned);
-        match end {
-            End::Committed => {
-                self.half.enter(now, Phase::Committed);
-                self.half.tell(Event::Committed {
-                    vm,
-                    role,
-                    resumed_at_us: None,
-                });
-            }
-            End::RolledBack => {
-                self.half.enter(now, Phase::RolledBack);
-                self.half.tell(Event::RolledBack { vm, role, reason });
-            }
-            End::Diverged(side) => {
-                let phase = match side {
-                    Side::Source => Phase::RolledBack,
-                    Side::Destination => Phase::Committed,
-                };
-                self.half.enter(now, phase);
-                let reason = "its other copy was lost; this one was the last complete one".into();
-                self.half.tell(Event::Diverged { vm, side, reason });
-            }
-            End::Lost => self.half.enter(now, Phase::Failed),
         }
     }
 
