@@ -39,7 +39,7 @@ impl World {
     }
 
     /// To the hold, and through a release.
-    fn to_stopped(&mut self, remaining: u64) {
+    fn up_to_stopped(&mut self, remaining: u64) {
         self.does(|source, now| source.arm(now));
         self.qemu.syncs += 1;
         self.pass(Duration::from_millis(50));
@@ -93,7 +93,7 @@ fn it_holds_goes_back_and_goes_on() {
             "it sleeps by itself"
         );
 
-        world.to_stopped(7 * MIB);
+        world.up_to_stopped(7 * MIB);
         let mut result = Ok(());
         world.does(|source, now| result = source.back(now));
         assert_eq!(result, Ok(()));
@@ -103,7 +103,7 @@ fn it_holds_goes_back_and_goes_on() {
         world.qemu.migrates("active");
         world.holds("converged");
         assert_eq!(world.phase(), Phase::Held);
-        world.to_stopped(MIB);
+        world.up_to_stopped(MIB);
         world.does(|source, now| source.proceed(now));
         world.qemu.completes("postmigrate");
         world.settle();
@@ -136,7 +136,7 @@ fn a_back_that_nothing_comes_of_is_a_fault() {
     world.up_to(Phase::Precopy);
     world.holds("stalled");
     assert_eq!(held(&world), [HoldReason::Stalled]);
-    world.to_stopped(MIB);
+    world.up_to_stopped(MIB);
     world.does(|source, now| source.back(now).expect("patched"));
     world.pass(Duration::from_secs(3));
     assert_eq!(world.phase(), Phase::RolledBack);
