@@ -4,11 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly VENV=${CARGO_TARGET_DIR:-target}/venv PACKAGE=qemu.qmp==0.0.6
-readonly TEST=integration/protocol/test_protocol.py
+readonly TESTS=integration/protocol
 
 if [ ! -e "$VENV/$PACKAGE" ]; then
     python3 -m venv --clear "$VENV"
     "$VENV/bin/pip" install --quiet --disable-pip-version-check "$PACKAGE"
     touch "$VENV/$PACKAGE"
 fi
-exec "$VENV/bin/python" "$TEST" "$@"
+exec "$VENV/bin/python" -m unittest discover --verbose --start-directory "$TESTS" "$@"
