@@ -19,7 +19,7 @@ class Talking(Case):
     async def test_qemu_qmp_greets_and_negotiates(self):
         client = await self.client()
         version = client.qmp.greeting.QMP.version
-        self.assertEqual(version["muster"], {"major": 1, "minor": 0})
+        self.assertEqual(version["muster"], {"major": 1, "minor": 1})
         self.assertEqual(version["host"], "a")
         self.assertRegex(version["package"], r"^\d+\.\d+\.\d+$")
         self.assertIn("oob", client.qmp.greeting.QMP.capabilities)
@@ -51,7 +51,7 @@ class Talking(Case):
         self.assertRegex(host["stream_address"], r"^127\.0\.0\.1:\d+$")
         vms = {vm["vm"]: vm for vm in await client.execute("query-vms")}
         self.assertEqual(set(vms), {"web", "db"})
-        self.assertEqual(set(vms["web"]), {"vm", "qmp", "qmp_present", "can_receive"})
+        self.assertEqual(set(vms["web"]), {"vm", "qmp", "qmp_present", "can_receive", "incoming_build"})
         self.assertEqual([vms["web"]["can_receive"], vms["db"]["can_receive"]], [True, False])
         self.assertEqual(vms["db"]["qmp"], "/nonexistent.qmp")
         self.assertFalse(vms["db"]["qmp_present"])
@@ -74,7 +74,7 @@ class Talking(Case):
         client, raw = await self.client(), await self.raw()
         schema = await client.execute("query-muster-schema")
         self.assertEqual(set(schema), {"protocol", "commands", "events"})
-        self.assertEqual(schema["protocol"], {"major": 1, "minor": 0})
+        self.assertEqual(schema["protocol"], {"major": 1, "minor": 1})
         commands = {command["name"]: command for command in schema["commands"]}
         self.assertEqual(len(commands), len(schema["commands"]), "a command is listed twice")
         self.assertEqual(set(commands), COMMANDS)

@@ -5,7 +5,7 @@ import uuid
 COMMANDS = {
     "qmp_capabilities", "query-muster-schema", "query-status", "query-host", "query-vms",
     "query-vm", "query-settings", "query-run", "query-decision", "prepare", "start", "pace", "hold",
-    "arm", "disarm", "release", "continue", "decide", "commit", "abort", "finish", "throttle", "yank",
+    "arm", "disarm", "release", "continue", "back", "decide", "commit", "abort", "finish", "throttle", "yank",
     "keep-alive", "set-report-interval", "recover", "forget",
 }
 EVENTS = {
@@ -14,7 +14,7 @@ EVENTS = {
     "STATUS", "RUN_ENDED",
 }
 VM_REPORT = {
-    "vm", "uuid", "role", "phase", "round", "total_bytes", "transferred_bytes", "remaining_bytes",
+    "vm", "uuid", "role", "transport", "qemu_build", "phase", "round", "total_bytes", "transferred_bytes", "remaining_bytes",
     "dirty_rate_bytes_per_s", "rate_bytes_per_s", "limit_bytes_per_s", "throttle_percent", "history",
     "remaining_at_release_bytes", "stopped_at_us", "resumed_at_us", "rounds", "error",
 }

@@ -113,7 +113,10 @@ pub fn demo(options: &DemoOptions, interrupt: &Interrupt) -> Result<()> {
         "Muster moves {} guests between two hosts.",
         spec.guests.len()
     );
-    println!("  QEMU {} (stock), {}", qemu.version, chosen.reason);
+    println!(
+        "  QEMU {} ({}), {}",
+        qemu.version, qemu.build, chosen.reason
+    );
     println!(
         "  link {} each way, of which Muster may use {}",
         options.link,
@@ -306,7 +309,7 @@ fn report_json(options: &DemoOptions, accel: Accel, runs: &[Run]) -> Result<Valu
         "schema_version": coordinator::report::SCHEMA_VERSION,
         "environment": {
             "qemu_version": qemu.version,
-            "qemu": "stock",
+            "qemu": qemu.build,
             "accelerator": accel.to_string(),
             "machine": qemu.machine,
             "kernel": kernel(),

@@ -1,6 +1,7 @@
 //! What the numbers were measured on.
 
 use serde::Serialize;
+use sidecar::protocol::types::QemuBuild;
 
 use crate::qemu::{Accel, Installed};
 
@@ -18,7 +19,7 @@ pub struct Machine {
     /// Version of QEMU.
     pub qemu_version: String,
     /// `stock` or `patched`.
-    pub qemu: &'static str,
+    pub qemu: QemuBuild,
     /// Machine type of the guests.
     pub machine: String,
     /// Who executed the guests.
@@ -45,7 +46,7 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(0, usize::from),
             memory_mib: first(&memory).unwrap_or(0) >> 10,
             qemu_version: qemu.version.clone(),
-            qemu: "stock",
+            qemu: qemu.build,
             machine: qemu.machine.clone(),
             accelerator: accel,
             load_before: first(&load).unwrap_or(f64::NAN),
