@@ -137,8 +137,7 @@ pub fn bench(options: &BenchOptions, interrupt: &Interrupt) -> Result<()> {
         println!("{}", output::terminal(&section));
         // After each, so that an interrupted run leaves what it has.
         if let Some(path) = &options.markdown {
-            let text = output::markdown(&machine, &date, &section, options.quick);
-            output::put_section(path, section.name, &text)?;
+            output::put_section(path, &machine, &date, &section, options.quick)?;
         }
         sections.push(section);
         if let Some(path) = &options.json {

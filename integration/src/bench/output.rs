@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use sidecar::protocol::types::QemuBuild;
 
 use super::machine::Machine;
 use super::result::{Bound, Figure, Section, Table};
@@ -145,12 +146,19 @@ fn markdown_table(table: &Table) -> String {
     line(&heads) + &line(&rule) + &rows
 }
 
+/// What a section is called in a document: there is one for each kind of QEMU.
+fn heading(section: &Section, machine: &Machine) -> String {
+    match machine.qemu {
+        QemuBuild::Stock => format!("### `{}`:", section.name),
+        QemuBuild::Patched => format!("### `{}`, patched QEMU:", section.name),
+    }
+}
+
 /// A section as Markdown, to stand between the markers.
-#[must_use]
-pub fn markdown(machine: &Machine, date: &str, section: &Section, quick: bool) -> String {
+fn markdown(machine: &Machine, date: &str, section: &Section, quick: bool) -> String {
     let mut text = format!(
-        "### `{}`: {}\n\n`muster-testbed bench {}{}` ({:.0} s), {date}, on {}.\n\n{}\n\n{}",
-        section.name,
+        "{} {}\n\n`muster-testbed bench {}{}` ({:.0} s), {date}, on {}.\n\n{}\n\n{}",
+        heading(section, machine),
         section.title,
         section.name,
         if quick { " --quick" } else { "" },
@@ -176,24 +184,30 @@ pub fn markdown(machine: &Machine, date: &str, section: &Section, quick: bool) -
     text
 }
 
-/// Puts the section `name` between the markers of a document: in the place of the same section, or
-/// behind the others. What else stands there stays.
+/// Puts a section between the markers of a document: in the place of the same section measured
+/// before, or behind the others. What else stands there stays.
 ///
 /// # Errors
-/// It has no markers, or cannot be read or written.
-pub fn put_section(path: &Path, name: &str, text: &str) -> Result<()> {
+/// The document has no markers, or cannot be read or written.
+pub fn put_section(
+    path: &Path,
+    machine: &Machine,
+    date: &str,
+    section: &Section,
+    quick: bool,
+) -> Result<()> {
+    let text = markdown(machine, date, section, quick);
     let shown = path.display();
     let old = std::fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
-    let Some(new) = with_section(&old, name, text) else {
+    let Some(new) = with_section(&old, &heading(section, machine), &text) else {
         bail!("{shown} has no line `{BEGIN}` followed by `{END}`");
     };
     std::fs::write(path, new).with_context(|| format!("cannot write {shown}"))
 }
 
-fn with_section(old: &str, name: &str, text: &str) -> Option<String> {
+fn with_section(old: &str, head: &str, text: &str) -> Option<String> {
     let (before, rest) = old.split_once(BEGIN)?;
     let (inside, after) = rest.split_once(END)?;
-    let head = format!("### `{name}`:");
     let mut sections: Vec<&str> = Vec::new();
     let mut left = inside.trim_start();
     while left.starts_with("### `") {
@@ -202,7 +216,7 @@ fn with_section(old: &str, name: &str, text: &str) -> Option<String> {
         left = &left[end..];
     }
     let text = text.trim_end();
-    match sections.iter_mut().find(|old| old.starts_with(&head)) {
+    match sections.iter_mut().find(|old| old.starts_with(head)) {
         Some(old) => *old = text,
         None => sections.push(text),
     }
@@ -267,14 +281,17 @@ mod tests {
     #[test]
     fn only_the_section_itself_is_replaced() {
         let old = format!("head\n{BEGIN}\n{END}\ntail\n");
-        let one = with_section(&old, "one", "### `one`: 1\n\ntext\n").unwrap();
-        let both = with_section(&one, "two", "### `two`: 2").unwrap();
+        let one = with_section(&old, "### `one`:", "### `one`: 1\n\ntext\n").unwrap();
+        let both = with_section(&one, "### `two`:", "### `two`: 2").unwrap();
         let inside = "### `one`: 1\n\ntext\n\n### `two`: 2";
         assert_eq!(both, format!("head\n{BEGIN}\n{inside}\n{END}\ntail\n"));
-        let new = with_section(&both, "one", "### `one`: 3").unwrap();
+        let new = with_section(&both, "### `one`:", "### `one`: 3").unwrap();
         assert!(new.contains("### `one`: 3\n\n### `two`: 2\n"), "{new}");
-        assert_eq!(with_section(&new, "two", "### `two`: 2").unwrap(), new);
-        assert_eq!(with_section("nothing", "one", "new"), None);
+        assert_eq!(
+            with_section(&new, "### `two`:", "### `two`: 2").unwrap(),
+            new
+        );
+        assert_eq!(with_section("nothing", "### `one`:", "new"), None);
     }
 
     #[test]
