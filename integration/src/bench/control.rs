@@ -67,7 +67,7 @@ impl Driver {
     ///
     /// # Errors
     /// A sidecar refuses, or is not ready in time.
-    pub fn prepare(&mut self, hold: bool) -> Result<String> {
+    pub fn prepare(&mut self, hold: bool, transport: Transport) -> Result<String> {
         let [from, to] = self.hosts;
         for (host, role) in [(to, Role::Destination), (from, Role::Source)] {
             let vm = PrepareVm {
@@ -75,7 +75,7 @@ impl Driver {
                 uuid: self.uuid,
                 token: self.token.clone(),
                 machine: None,
-                transport: Transport::Relay,
+                transport,
             };
             let prepare = PrepareArgs {
                 run: self.args.run,

@@ -8,6 +8,7 @@
 mod commit;
 mod control;
 mod cpu;
+mod direct;
 mod held;
 mod machine;
 mod memory;
@@ -18,6 +19,7 @@ mod relay;
 pub mod result;
 pub mod stats;
 mod total;
+mod transfer;
 mod watch;
 
 use std::path::PathBuf;
@@ -41,6 +43,8 @@ pub enum Name {
     Total,
     /// Throughput of the relay against QEMU's own TCP migration (about 1 minute).
     Relay,
+    /// The direct transport against QEMU's own TCP migration (about 1 minute).
+    Direct,
     /// What the hold costs guests and hosts on stock QEMU (about 3 minutes).
     Held,
     /// How exactly a stream keeps the rate that `pace` sets (about 1 minute).
@@ -159,6 +163,7 @@ fn run_one(bench: &Bench<'_>, name: Name) -> Result<Section> {
         Name::Moves => moves::run,
         Name::Total => total::run,
         Name::Relay => relay::run,
+        Name::Direct => direct::run,
         Name::Held => held::run,
         Name::Pacing => pacing::run,
         Name::Memory => memory::run,

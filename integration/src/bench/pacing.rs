@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use sidecar::protocol::types::Transport;
 
 use super::control::Driver;
 use super::output::number;
@@ -87,7 +88,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Section> {
 
 fn one_run(bench: &Bench<'_>, lab: &Lab, rates: &[u64]) -> Result<Vec<Setting>> {
     let mut driver = Driver::connect(lab, "big", "a", "b")?;
-    let stream = driver.prepare(true)?;
+    let stream = driver.prepare(true, Transport::Relay)?;
     driver.pace(rates[rates.len() - 1] * MB)?;
     driver.start(stream)?;
     let stop = AtomicBool::new(false);

@@ -50,6 +50,27 @@ impl Spread {
     }
 }
 
+/// Between which of these values their median lies with a confidence of at least 95 %, whatever
+/// their distribution (order statistics); nothing if they are too few to say.
+#[must_use]
+pub fn interval(values: &[f64]) -> Option<(f64, f64)> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    // P(fewer than k of n are below the median), k rising, as long as both tails are under 5 %.
+    let n = sorted.len();
+    let mut term = 0.5_f64.powi(i32::try_from(n).ok()?);
+    let (mut tail, mut k) = (term, 0);
+    while 2.0 * tail <= 0.05 {
+        k += 1;
+        #[allow(clippy::cast_precision_loss, reason = "some dozens of values")]
+        let next = (n + 1 - k) as f64 / k as f64;
+        term *= next;
+        tail += term;
+    }
+    let low = k.checked_sub(1)?;
+    Some((*sorted.get(low)?, *sorted.get(n.checked_sub(k)?)?))
+}
+
 /// The median, or NaN of nothing.
 #[must_use]
 pub fn median(values: &[f64]) -> f64 {
@@ -59,6 +80,15 @@ pub fn median(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_interval_of_a_median_is_that_of_the_tables() {
+        let values = |n: u32| (1..=n).map(f64::from).collect::<Vec<_>>();
+        assert_eq!(interval(&values(20)), Some((6.0, 15.0)));
+        assert_eq!(interval(&values(10)), Some((2.0, 9.0)));
+        assert_eq!(interval(&values(6)), Some((1.0, 6.0)));
+        assert_eq!(interval(&values(5)), None);
+    }
 
     #[test]
     fn quantiles_are_by_nearest_rank() {
