@@ -7,8 +7,13 @@ TESTBED := $(SUDO) $(TARGET)/release/muster-testbed
 # Tests that make network namespaces run as root; cargo itself does not.
 AS_ROOT := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)")
 
+# The patched QEMU, once `make qemu` has built it; MUSTER_QEMU= names another.
+ifneq ($(wildcard $(TARGET)/qemu/qemu-system-x86_64),)
+export MUSTER_QEMU ?= $(abspath $(TARGET)/qemu/qemu-system-x86_64)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench faults build setup clean help
+.PHONY: demo test lint bench faults build qemu setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
@@ -32,6 +37,9 @@ faults: build ## the long form of the table of faults (ARGS=...)
 
 build: setup ## release build of all binaries
 	$(CARGO) build --locked --release --workspace
+
+qemu: ## the patched QEMU, in target/qemu (minutes at first, nothing when it is up to date)
+	scripts/build-qemu.sh
 
 setup: ## installs QEMU and tools where they are missing (Debian 12 and 13)
 	scripts/setup.sh

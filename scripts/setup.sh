@@ -1,10 +1,12 @@
 #!/bin/bash
 # Installs what Muster's testbed needs on Debian 12 and 13: QEMU 8.1 or newer, iproute2, procps,
-# Python with venv, and a C linker for Rust. Does nothing, and needs no root, when all is there.
+# Python with venv, and a C linker for Rust; with argument `qemu`, what building the patched QEMU
+# needs as well. Does nothing, and needs no root, when all is there.
 set -euo pipefail
 
 readonly QEMU=${MUSTER_QEMU:-qemu-system-x86_64}
 readonly QEMU_MIN=8.1 RUST_MIN=1.85
+readonly FOR=${1:-}
 readonly BACKPORTS=/etc/apt/sources.list.d/muster-backports.list
 
 die() {
@@ -42,6 +44,24 @@ missing() {
     local crt
     crt=$(cc -print-file-name=crt1.o 2>/dev/null || true)
     [ "${crt#/}" != "$crt" ] && [ -e /usr/include/stdio.h ] || echo libc6-dev
+    [ "$FOR" != qemu ] || missing_for_qemu
+}
+
+# The same for building the patched QEMU. Firmware is there if Debian's QEMU is.
+missing_for_qemu() {
+    local pair
+    for pair in git:git xz:xz-utils flex:flex bison:bison ninja:ninja-build \
+        pkg-config:pkg-config make:make perl:perl flock:util-linux; do
+        command -v "${pair%%:*}" >/dev/null || echo "${pair#*:}"
+    done
+    for pair in glib-2.0:libglib2.0-dev gio-2.0:libglib2.0-dev pixman-1:libpixman-1-dev \
+        zlib:zlib1g-dev; do
+        pkg-config --exists "${pair%%:*}" 2>/dev/null || echo "${pair#*:}"
+    done | sort -u
+    [ -e /usr/include/libfdt.h ] || echo libfdt-dev
+    [ -e /usr/share/qemu/kvmvapic.bin ] || echo qemu-system-data
+    [ -e /usr/share/seabios/bios-256k.bin ] || echo seabios
+    [ -e /usr/lib/ipxe/qemu/efi-virtio.rom ] || echo ipxe-qemu
 }
 
 as_root() {
@@ -88,7 +108,11 @@ update() {
         echo "setup: no package list could be updated; trying with those there are" >&2
 }
 
-check_rust
+case "$FOR" in
+'') check_rust ;;
+qemu) ;;
+*) die "unknown argument \`$FOR'; expected nothing or \`qemu'" ;;
+esac
 mapfile -t packages < <(missing)
 if [ ${#packages[@]} -eq 0 ]; then
     exit 0

@@ -3,12 +3,13 @@
 //! Every wait has a deadline. Events that pass by are kept, with the time at which QEMU sent them.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
 use serde_json::{Value, json};
 
 use crate::clock::Micros;
@@ -145,6 +146,25 @@ impl Qmp {
         arguments: Value,
         limit: Duration,
     ) -> Result<Value, QmpError> {
+        self.send_and_wait(command, arguments, None, limit)
+    }
+
+    /// Passes a descriptor to QEMU, where later commands call it `name`.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn pass_fd(&mut self, name: &str, fd: BorrowedFd, limit: Duration) -> Result<(), QmpError> {
+        self.send_and_wait("getfd", json!({"fdname": name}), Some(fd), limit)?;
+        Ok(())
+    }
+
+    fn send_and_wait(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd>,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
         let id = self.next_id;
         self.next_id += 1;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
@@ -152,7 +172,7 @@ impl Qmp {
         let deadline = Instant::now() + limit;
         self.stream
             .set_write_timeout(Some(limit.max(Duration::from_millis(1))))
-            .and_then(|()| self.stream.write_all(line.as_bytes()))
+            .and_then(|()| send(&mut self.stream, line.as_bytes(), fd))
             .map_err(|error| self.broken(command, error))?;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -298,4 +318,18 @@ impl Qmp {
             line,
         }
     }
+}
+
+/// Writes `line`; a descriptor goes with its first bytes.
+fn send(stream: &mut UnixStream, line: &[u8], fd: Option<BorrowedFd>) -> io::Result<()> {
+    let sent = match fd {
+        Some(fd) => {
+            let fds = [fd.as_raw_fd()];
+            let control = [ControlMessage::ScmRights(&fds)];
+            let data = [IoSlice::new(line)];
+            sendmsg::<()>(stream.as_raw_fd(), &data, &control, MsgFlags::empty(), None)?
+        }
+        None => 0,
+    };
+    stream.write_all(&line[sent..])
 }

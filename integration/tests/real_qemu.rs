@@ -6,7 +6,7 @@
 mod cases;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use testbed::qemu::{Accel, accel};
+use testbed::qemu::{self, Accel, accel};
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -23,15 +23,25 @@ fn main() {
     let kvm_only = cases::KVM_CASES
         .iter()
         .map(|case| (case, &[Accel::Kvm][..]));
-    for ((name, case), accels) in both.chain(kvm_only) {
+    let patched_missing = qemu::patched().is_none();
+    let patched = cases::PATCHED_CASES
+        .iter()
+        .map(|case| (case, &[Accel::Kvm, Accel::Tcg][..]));
+    if patched_missing {
+        eprintln!("not run: what needs a patched QEMU; `make qemu` builds it");
+    }
+    let stock = both.chain(kvm_only).zip(std::iter::repeat(false));
+    for (((name, case), accels), needs_patches) in stock.chain(patched.zip(std::iter::repeat(true)))
+    {
         for accel in accels.iter().copied() {
             let name = format!("{accel}::{name}");
             let skip = accel == Accel::Kvm && kvm_missing.is_some() && !accel::kvm_required();
+            let unpatched = needs_patches && patched_missing;
             if let (true, Some(error)) = (skip, &kvm_missing) {
                 eprintln!("not run: {name}, because /dev/kvm cannot be opened: {error}");
             }
             let run = move || case(accel).map_err(|error| Failed::from(format!("{error:#}")));
-            trials.push(Trial::test(name, run).with_ignored_flag(skip));
+            trials.push(Trial::test(name, run).with_ignored_flag(skip || unpatched));
         }
     }
     for (name, case) in cases::OTHER_CASES.iter().chain(cases::COMMAND_CASES) {

@@ -3,6 +3,7 @@
 mod benches;
 mod commands;
 mod direct;
+mod dirty_log;
 mod groups;
 mod guests;
 mod moves;
@@ -11,7 +12,7 @@ mod network;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use testbed::guest::GuestSpec;
 use testbed::process::Isolation;
 use testbed::qemu::{Accel, Launch, Qemu, Role};
@@ -57,6 +58,18 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
     ),
     ("a_hot_group_is_throttled_until_it_fits", groups::throttled),
     ("every_benchmark_runs", benches::every_benchmark),
+];
+
+/// What only a QEMU with Muster's patches can do.
+pub const PATCHED_CASES: &[(&str, GuestCase)] = &[
+    (
+        "the_dirty_log_of_a_running_guest_is_exported",
+        dirty_log::measuring,
+    ),
+    (
+        "the_dirty_log_of_a_migration_is_exported",
+        dirty_log::migrating,
+    ),
 ];
 
 pub const OTHER_CASES: &[(&str, OtherCase)] = &[
@@ -111,10 +124,27 @@ impl Lab {
     }
 
     pub fn start(&self, spec: &GuestSpec, host: &str, role: Role) -> Result<Qemu> {
+        self.start_with(None, spec, host, role)
+    }
+
+    /// Starts it in the patched QEMU.
+    pub fn start_patched(&self, spec: &GuestSpec, host: &str, role: Role) -> Result<Qemu> {
+        let program = testbed::qemu::patched().context("no patched QEMU: `make qemu` builds it")?;
+        self.start_with(Some(program), spec, host, role)
+    }
+
+    fn start_with(
+        &self,
+        program: Option<PathBuf>,
+        spec: &GuestSpec,
+        host: &str,
+        role: Role,
+    ) -> Result<Qemu> {
         let ticks = self
             .collector
             .listen(&spec.name, host, spec.tick_period())?;
-        let launch = Launch::new(spec, self.accel, self.directory.path(), host, ticks)?;
+        let mut launch = Launch::new(spec, self.accel, self.directory.path(), host, ticks)?;
+        launch.program = program;
         let isolation = Isolation {
             netns: None,
             log: Some(self.path(&format!("{host}.log"))),
