@@ -38,8 +38,9 @@ impl Hierarchy {
     /// What each leaf may send per second: `None` where nothing limits it. `demand` says what a leaf
     /// would take; leaves that it does not know take nothing and are not in the result.
     ///
-    /// First everybody gets up to their demand; what is left over then is given out too, so that
-    /// who suddenly wants more need not wait for the next time. The rates together exceed neither
+    /// First everybody gets up to their demand, by weight; what is left over then is given out too,
+    /// in equal parts, so that who suddenly wants more need not wait for the next time. Equal, for
+    /// weights speak of who is hungry: a light one's short burst should not take longer. The rates together exceed neither
     /// the link's limit nor a group's, except that nobody is given less than 1 B/s unless a limit
     /// of 0 says so.
     #[must_use]
@@ -70,6 +71,7 @@ impl Hierarchy {
         self.fill(&mut leaves);
         for leaf in &mut leaves {
             leaf.wanted = leaf.limit;
+            leaf.weight = 1.0;
             leaf.full = false;
         }
         self.fill(&mut leaves);
@@ -212,6 +214,11 @@ mod tests {
         // Nobody wants everything: what is left over is there for all.
         assert_eq!(
             rates(&hierarchy, &[(a, little), (c, little)]),
+            [Some(50), Some(50)]
+        );
+        // In equal parts: the weights have had their say.
+        assert_eq!(
+            rates(&hierarchy, &[(a, little), (b, little)]),
             [Some(50), Some(50)]
         );
         hierarchy.set_leaf_limit(now, b, Some(mb(10)));
