@@ -8,9 +8,12 @@ TESTBED := $(SUDO) $(TARGET)/release/muster-testbed
 AS_ROOT := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)")
 
 # The patched QEMU, once `make qemu` has built it; MUSTER_QEMU= names another.
-ifneq ($(wildcard $(TARGET)/qemu/qemu-system-x86_64),)
-export MUSTER_QEMU ?= $(abspath $(TARGET)/qemu/qemu-system-x86_64)
+PATCHED_QEMU := $(abspath $(TARGET)/qemu/qemu-system-x86_64)
+ifneq ($(wildcard $(PATCHED_QEMU)),)
+export MUSTER_QEMU ?= $(PATCHED_QEMU)
 endif
+STOCK_QEMU ?= qemu-system-x86_64
+REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed --test '*'
 
 .DEFAULT_GOAL := help
 .PHONY: demo test lint bench faults build qemu setup clean help
@@ -18,10 +21,11 @@ endif
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
 
-test: setup lint build ## everything: lints, unit tests, real QEMU, the protocol with qemu.qmp
+test: setup lint build qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol with qemu.qmp
 	$(CARGO) test --locked --workspace --exclude muster-testbed
 	$(CARGO) test --locked -p muster-testbed --lib --bins
-	$(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed --test '*'
+	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS)
+	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 	$(SUDO) scripts/protocol-test.sh
 
 lint: ## formatting, clippy and documentation, warnings as errors

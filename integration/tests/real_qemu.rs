@@ -6,6 +6,7 @@
 mod cases;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use sidecar::protocol::types::QemuBuild;
 use testbed::qemu::{self, Accel, accel};
 
 fn main() {
@@ -23,12 +24,25 @@ fn main() {
     let kvm_only = cases::KVM_CASES
         .iter()
         .map(|case| (case, &[Accel::Kvm][..]));
-    let patched_missing = qemu::patched().is_none();
+    let under_test = match qemu::installed() {
+        Ok(qemu) => qemu,
+        Err(error) => {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+    };
+    eprintln!(
+        "under test: QEMU {} ({})",
+        under_test.version, under_test.build
+    );
+    let is_stock = under_test.build == QemuBuild::Stock;
     let patched = cases::PATCHED_CASES
         .iter()
         .map(|case| (case, &[Accel::Kvm, Accel::Tcg][..]));
-    if patched_missing {
-        eprintln!("not run: what needs a patched QEMU; `make qemu` builds it");
+    if is_stock {
+        eprintln!(
+            "not run: what needs a patched QEMU (`make qemu` builds it, MUSTER_QEMU names it)"
+        );
     }
     let stock = both.chain(kvm_only).zip(std::iter::repeat(false));
     for (((name, case), accels), needs_patches) in stock.chain(patched.zip(std::iter::repeat(true)))
@@ -36,7 +50,7 @@ fn main() {
         for accel in accels.iter().copied() {
             let name = format!("{accel}::{name}");
             let skip = accel == Accel::Kvm && kvm_missing.is_some() && !accel::kvm_required();
-            let unpatched = needs_patches && patched_missing;
+            let unpatched = needs_patches && is_stock;
             if let (true, Some(error)) = (skip, &kvm_missing) {
                 eprintln!("not run: {name}, because /dev/kvm cannot be opened: {error}");
             }

@@ -20,6 +20,9 @@ const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
 const REPORT_WHILE_ARMED_MS: u64 = 25;
 /// Longer than two reports take: what looks unchanged has not been looked at again.
 const WEIGH_INTERVAL: Duration = Duration::from_millis(50);
+/// What a VM sends in stop-and-copy beside its memory: the state of its devices, and its description.
+/// It counts in the shares, or a VM without a dirty page would get nothing for it.
+const STATE_BYTES: u64 = 256 << 10;
 /// A group that has just been held is armed after this time at the latest.
 const DRAIN_WITHIN: Duration = Duration::from_millis(600);
 /// An armed QEMU that is not patched spins: not longer than this at a time.
@@ -281,7 +284,7 @@ impl GroupRun {
         let weights: Vec<f64> = self
             .vms
             .iter()
-            .map(|vm| vm.remaining_bytes.max(4096) as f64)
+            .map(|vm| vm.remaining_bytes.saturating_add(STATE_BYTES) as f64)
             .collect();
         self.send_shares(now, &weights, true);
         self.stage = Stage::Switching;

@@ -174,20 +174,6 @@ fn build_of(program: &str) -> QemuBuild {
     }
 }
 
-/// The QEMU with Muster's patches: `MUSTER_QEMU_PATCHED`, or what `make qemu` has built.
-#[must_use]
-pub fn patched() -> Option<PathBuf> {
-    if let Some(program) = std::env::var_os("MUSTER_QEMU_PATCHED") {
-        return Some(program.into());
-    }
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
-        PathBuf::from,
-    );
-    let program = target.join("qemu/qemu-system-x86_64");
-    program.exists().then_some(program)
-}
-
 fn ask(program: &str, option: &str) -> Result<String, QemuError> {
     let output = Command::new(program).args(option.split('=')).output();
     let output = output.map_err(|error| QemuError::Missing {
@@ -265,8 +251,6 @@ pub struct Launch {
     pub observe: PathBuf,
     /// Guest memory that outlives QEMU.
     memory: Option<Arc<OwnedFd>>,
-    /// Another QEMU than the [`installed`] one.
-    pub program: Option<PathBuf>,
 }
 
 impl Launch {
@@ -292,7 +276,6 @@ impl Launch {
             rom,
             ticks,
             observe: directory.join(format!("{}.{host}.observe", spec.name)),
-            program: None,
             memory: None,
         })
     }
@@ -326,12 +309,8 @@ impl Launch {
     /// If there is no usable QEMU.
     pub fn template(&self, role: Role) -> Result<Vec<String>, QemuError> {
         let qemu = installed()?;
-        let program = match &self.program {
-            Some(program) => &program.display().to_string(),
-            None => &qemu.program,
-        };
         let mut command: Vec<String> = [
-            program,
+            &qemu.program,
             "-nodefaults",
             "-no-user-config",
             "-display",

@@ -25,7 +25,7 @@ struct Exporting {
 
 impl Exporting {
     fn start(lab: &Lab, spec: &GuestSpec, interval_ms: u64) -> Result<Self> {
-        let mut qemu = lab.start_patched(spec, "a", Role::Boot)?;
+        let mut qemu = lab.start(spec, "a", Role::Boot)?;
         lab.collector.wait_for_tick(&spec.name, "a", LIMIT)?;
         let fd = memfd("dirty-log")?;
         qemu.monitor.pass_fd("dirty-log", fd.as_fd(), LIMIT)?;

@@ -12,7 +12,7 @@ mod network;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use testbed::guest::GuestSpec;
 use testbed::process::Isolation;
 use testbed::qemu::{Accel, Launch, Qemu, Role};
@@ -124,27 +124,10 @@ impl Lab {
     }
 
     pub fn start(&self, spec: &GuestSpec, host: &str, role: Role) -> Result<Qemu> {
-        self.start_with(None, spec, host, role)
-    }
-
-    /// Starts it in the patched QEMU.
-    pub fn start_patched(&self, spec: &GuestSpec, host: &str, role: Role) -> Result<Qemu> {
-        let program = testbed::qemu::patched().context("no patched QEMU: `make qemu` builds it")?;
-        self.start_with(Some(program), spec, host, role)
-    }
-
-    fn start_with(
-        &self,
-        program: Option<PathBuf>,
-        spec: &GuestSpec,
-        host: &str,
-        role: Role,
-    ) -> Result<Qemu> {
         let ticks = self
             .collector
             .listen(&spec.name, host, spec.tick_period())?;
-        let mut launch = Launch::new(spec, self.accel, self.directory.path(), host, ticks)?;
-        launch.program = program;
+        let launch = Launch::new(spec, self.accel, self.directory.path(), host, ticks)?;
         let isolation = Isolation {
             netns: None,
             log: Some(self.path(&format!("{host}.log"))),

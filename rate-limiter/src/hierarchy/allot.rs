@@ -40,9 +40,9 @@ impl Hierarchy {
     ///
     /// First everybody gets up to their demand, by weight; what is left over then is given out too,
     /// in equal parts, so that who suddenly wants more need not wait for the next time. Equal, for
-    /// weights speak of who is hungry: a light one's short burst should not take longer. The rates together exceed neither
-    /// the link's limit nor a group's, except that nobody is given less than 1 B/s unless a limit
-    /// of 0 says so.
+    /// weights speak of who is hungry: a light one's short burst should not take longer. The rates
+    /// together exceed neither the link's limit nor a group's, except that nobody is given less than
+    /// 1 B/s unless a limit of 0 says so.
     #[must_use]
     pub fn allot(
         &self,

@@ -22,6 +22,11 @@ use crate::sys;
 /// How often shares are worked out anew, and progress is looked at.
 const TICK: Duration = Duration::from_millis(50);
 
+/// The least pace, in bytes per second, where no limit is lower. The kernel works out when a socket
+/// may send again as it sends: after 64 KiB at a very low pace the socket stands still for seconds,
+/// however high the next pace is.
+const LEAST_PACE: u64 = 128 << 10;
+
 /// The socket of a stream, which QEMU has too.
 #[derive(Debug)]
 pub struct Stream {
@@ -158,10 +163,14 @@ impl Daemon {
             let Some((run, half)) = self.leaves.get(&leaf).copied() else {
                 continue;
             };
+            let limit = self
+                .pacing
+                .leaf_limit(leaf)
+                .map_or(u64::MAX, |limit| limit.0);
             let entry = self.runs.get_mut(&run);
             let stream = entry.and_then(|entry| entry.io[half].direct.stream.as_mut());
             if let Some(stream) = stream {
-                stream.set_pace(rate.map(|rate| rate.0));
+                stream.set_pace(rate.map(|rate| rate.0.max(LEAST_PACE.min(limit))));
             }
         }
         for key in stalled {
