@@ -249,8 +249,12 @@ impl Daemon {
             0 => direct.companion.is_some() && direct.stream.is_none(),
             _ => false,
         };
-        let Some(channel) = self.channels.remove(&id).filter(|_| is_new) else {
-            log("a stream connection was refused: its VM has one already");
+        if !is_new {
+            log("a stream connection came for a VM that has one already");
+            self.refuse(id, Answer::Unknown);
+            return;
+        }
+        let Some(channel) = self.channels.remove(&id) else {
             return;
         };
         let (token, mut socket) = (channel.peer.token, channel.peer.socket);

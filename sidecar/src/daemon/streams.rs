@@ -185,7 +185,7 @@ impl Daemon {
         }
     }
 
-    fn refuse(&mut self, id: usize, answer: Answer) {
+    pub(super) fn refuse(&mut self, id: usize, answer: Answer) {
         log(&format!(
             "a stream connection was refused: {}",
             answer.explain()
