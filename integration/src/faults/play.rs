@@ -25,7 +25,7 @@ use crate::lab::verify::{verify_paused, verify_stopped};
 use crate::lab::{Lab, LabSpec};
 use crate::net::Cut;
 use crate::process::PidFd;
-use crate::qemu::Accel;
+use crate::qemu::{Accel, installed};
 use crate::signals::Interrupt;
 
 /// A fault is noticed within this time.
@@ -171,7 +171,7 @@ impl Play {
         let baseline = Baseline::read(&lab, FROM)?;
         Ok(Self {
             cell,
-            expected: cell.expected(),
+            expected: cell.expected(installed()?.build),
             asker: Asker::new(&lab),
             lab,
             log,
