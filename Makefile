@@ -16,17 +16,19 @@ STOCK_QEMU ?= qemu-system-x86_64
 REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed --test '*'
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench faults build qemu setup clean help
+.PHONY: demo test test-patched lint bench faults build qemu setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
 
-test: setup lint build qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol with qemu.qmp
+test: setup lint build ## everything: lints, unit tests, stock QEMU, the protocol with qemu.qmp
 	$(CARGO) test --locked --workspace --exclude muster-testbed
 	$(CARGO) test --locked -p muster-testbed --lib --bins
 	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS)
-	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 	$(SUDO) scripts/protocol-test.sh
+
+test-patched: build qemu ## the same tests with real QEMU, on the patched one
+	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 
 lint: ## formatting, clippy and documentation, warnings as errors
 	$(CARGO) fmt --all --check
@@ -52,4 +54,4 @@ clean: ## removes what was built
 	$(CARGO) clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
