@@ -29,8 +29,14 @@ const SILENCE: Duration = Duration::from_millis(2500);
 const STALL: Duration = Duration::from_millis(2500);
 /// … and so much longer as the largest burst of a paced socket takes.
 const BURST_BYTES: u64 = 256 * 1024;
-/// A stream that does not fill its share may take a quarter more than it did, and so much.
+/// A stream that does not fill its share may take a quarter more than it did, and so much. It is
+/// also what a stream gets at least, whatever the weights: the kernel works out when a socket may
+/// send again as it sends, so that after 64 KiB at a very low pace it stands still for a second,
+/// however high the next pace is.
 const HEADROOM: u64 = 1 << 20;
+/// Bytes that wait in the socket go within this time, whatever the weights: QEMU may be blocked
+/// behind them, and then obeys nothing.
+const DRAIN: Duration = Duration::from_millis(100);
 /// How far QEMU may be ahead of a paced wire: what waits in the socket is what QEMU counts as sent.
 const AHEAD: Duration = Duration::from_millis(10);
 const LEAST_AHEAD: u64 = 64 * 1024;
@@ -156,13 +162,20 @@ impl Appetite {
         }
         let most = self.rates[0].max(self.rates[1]);
         let waits = seen.unsent_bytes > 0;
+        let least = least(seen.unsent_bytes);
         if waits && bytes_per_s.is_none_or(|pace| most >= pace / 10 * 7) {
-            return (Demand::Everything, moved);
+            return (Demand::EVERYTHING.with_least(least), moved);
         }
         let more = if waits { most } else { most / 4 };
-        let wanted = most.saturating_add(more).saturating_add(HEADROOM);
-        (Demand::AtMost(BytesPerSecond(wanted)), moved)
+        let wanted = BytesPerSecond(most.saturating_add(more).saturating_add(HEADROOM));
+        (Demand::at_most(wanted).with_least(least), moved)
     }
+}
+
+/// What a stream gets whatever the weights, with so many bytes waiting in its socket.
+fn least(unsent_bytes: u64) -> BytesPerSecond {
+    let per_s = unsent_bytes.saturating_mul(1000) / crate::hold::millis(DRAIN).max(1);
+    BytesPerSecond(per_s.max(HEADROOM))
 }
 
 /// How many bytes QEMU may be ahead of a wire of this pace.
@@ -218,19 +231,24 @@ mod tests {
         let now = Instant::now();
         let mut appetite = Appetite::default();
         let mut look = |at, seen, pace| appetite.observe(now + at * MS, seen, pace);
-        assert_eq!(look(0, seen(1000, 1), None).0, Demand::Everything);
+        let at_most = |rate| Demand::at_most(BytesPerSecond(rate + HEADROOM));
+        let headroom = BytesPerSecond(HEADROOM);
+        let everything = Demand::EVERYTHING.with_least(headroom);
+        assert_eq!(look(0, seen(1000, 1), None).0, everything);
         let (demand, moved) = look(100, seen(401_000, 0), None);
         assert_eq!(moved, 400_000);
-        assert_eq!(demand, Demand::AtMost(BytesPerSecond(5_000_000 + HEADROOM)));
+        assert_eq!(demand, at_most(5_000_000).with_least(headroom));
         let (demand, _) = look(200, seen(401_000, 0), None);
-        assert_eq!(demand, Demand::AtMost(BytesPerSecond(5_000_000 + HEADROOM)));
+        assert_eq!(demand, at_most(5_000_000).with_least(headroom));
         let (demand, _) = look(300, seen(401_000, 0), None);
-        assert_eq!(demand, Demand::AtMost(BytesPerSecond(HEADROOM)));
+        assert_eq!(demand, at_most(0).with_least(headroom));
         // Bytes that wait are no sign of hunger where the pace is far from reached.
         let (demand, _) = look(400, seen(501_000, 9), Some(90_000_000));
-        assert_eq!(demand, Demand::AtMost(BytesPerSecond(2_000_000 + HEADROOM)));
-        let (demand, _) = look(500, seen(601_000, 9), Some(1_200_000));
-        assert_eq!(demand, Demand::Everything);
+        assert_eq!(demand, at_most(2_000_000).with_least(headroom));
+        // They go within 100 ms all the same.
+        let (demand, _) = look(500, seen(601_000, 400_000), Some(1_200_000));
+        let drained = BytesPerSecond(4_000_000);
+        assert_eq!(demand, Demand::EVERYTHING.with_least(drained));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) fn ms(duration: Duration) -> u64 {
 }
 
 /// Smallest weight sent: everybody gets something. Weights are shares in percent.
-const MIN_WEIGHT: f64 = 0.01;
+const MIN_WEIGHT: f64 = 1.0;
 
 impl GroupRun {
     /// Begins: both sides are prepared at once.

@@ -13,19 +13,46 @@ use crate::units::BytesPerSecond;
 
 /// How much a leaf would take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Demand {
-    /// At most so much.
-    AtMost(BytesPerSecond),
+pub struct Demand {
+    /// So much comes before all weights.
+    pub least: BytesPerSecond,
+    /// It would take at most so much; `None`: whatever it gets.
+    pub most: Option<BytesPerSecond>,
+}
+
+impl Demand {
     /// Whatever it gets.
-    Everything,
+    pub const EVERYTHING: Self = Self {
+        least: BytesPerSecond(0),
+        most: None,
+    };
+
+    /// At most so much.
+    #[must_use]
+    pub const fn at_most(rate: BytesPerSecond) -> Self {
+        Self {
+            least: BytesPerSecond(0),
+            most: Some(rate),
+        }
+    }
+
+    /// The same, with so much before all weights.
+    #[must_use]
+    pub const fn with_least(self, least: BytesPerSecond) -> Self {
+        Self { least, ..self }
+    }
 }
 
 /// A leaf while rates grow.
 struct Filling {
     key: Key,
     group: Key,
+    /// What its share is in proportion to.
     weight: f64,
+    /// What it is set to, for the part that goes by weight.
+    set_weight: f64,
     limit: f64,
+    most: f64,
     wanted: f64,
     rate: f64,
     full: bool,
@@ -38,8 +65,9 @@ impl Hierarchy {
     /// What each leaf may send per second: `None` where nothing limits it. `demand` says what a leaf
     /// would take; leaves that it does not know take nothing and are not in the result.
     ///
-    /// First everybody gets up to their demand, by weight; what is left over then is given out too,
-    /// in equal parts, so that who suddenly wants more need not wait for the next time. Equal, for
+    /// First everybody gets what they need at least, in equal parts where it is not enough. Then
+    /// everybody gets up to their demand, by weight. What is left over is given out too, in equal
+    /// parts, so that who suddenly wants more need not wait for the next time. Equal, for
     /// weights speak of who is hungry: a light one's short burst should not take longer. The rates
     /// together exceed neither the link's limit nor a group's, except that nobody is given less than
     /// 1 B/s unless a limit of 0 says so.
@@ -52,17 +80,16 @@ impl Hierarchy {
             .leaves
             .iter()
             .filter_map(|(key, leaf)| {
-                let wanted = match demand(LeafId(key))? {
-                    Demand::AtMost(rate) => number(rate),
-                    Demand::Everything => f64::INFINITY,
-                };
+                let Demand { least, most } = demand(LeafId(key))?;
                 let limit = leaf.limit.get().map_or(f64::INFINITY, number);
                 Some(Filling {
                     key,
                     group: leaf.group,
-                    weight: weight(leaf.flow.weight()),
+                    weight: 1.0,
+                    set_weight: weight(leaf.flow.weight()),
                     limit,
-                    wanted: wanted.min(limit),
+                    most: most.map_or(limit, |most| number(most.max(least)).min(limit)),
+                    wanted: number(least).min(limit),
                     rate: 0.0,
                     full: false,
                 })
@@ -70,9 +97,13 @@ impl Hierarchy {
             .collect();
         self.fill(&mut leaves);
         for leaf in &mut leaves {
+            leaf.wanted = leaf.most;
+            leaf.weight = leaf.set_weight;
+        }
+        self.fill(&mut leaves);
+        for leaf in &mut leaves {
             leaf.wanted = leaf.limit;
             leaf.weight = 1.0;
-            leaf.full = false;
         }
         self.fill(&mut leaves);
         let rate = |leaf: &Filling| match (leaf.rate.is_finite(), leaf.limit > 0.0) {
@@ -88,6 +119,9 @@ impl Hierarchy {
 
     /// Lets rates grow together until nothing can grow any more.
     fn fill(&self, leaves: &mut [Filling]) {
+        for leaf in leaves.iter_mut() {
+            leaf.full = leaf.wanted - leaf.rate < CLOSE;
+        }
         let link = self.link.get().map_or(f64::INFINITY, number);
         // Every step fills at least one leaf, group or the link.
         for _ in 0..=leaves.len() * 2 {
@@ -200,13 +234,13 @@ mod tests {
         let group = hierarchy.add_group(now, None);
         let [a, b, c] = [0; 3].map(|_| hierarchy.add_leaf(now, group));
         hierarchy.set_leaf_weight(b, 3.0).expect("a weight");
-        let all = Demand::Everything;
+        let all = Demand::EVERYTHING;
         assert_eq!(
             rates(&hierarchy, &[(a, all), (b, all)]),
             [Some(25), Some(75)]
         );
         // What one does not take goes to the others, by weight.
-        let little = Demand::AtMost(mb(20));
+        let little = Demand::at_most(mb(20));
         assert_eq!(
             rates(&hierarchy, &[(a, all), (b, all), (c, little)]),
             [Some(20), Some(60), Some(20)]
@@ -221,6 +255,18 @@ mod tests {
             rates(&hierarchy, &[(a, little), (b, little)]),
             [Some(50), Some(50)]
         );
+        // A light one's backlog does not wait for a heavy one.
+        hierarchy.set_leaf_weight(a, 0.01).expect("a weight");
+        let some = all.with_least(mb(5));
+        assert_eq!(
+            rates(&hierarchy, &[(a, some), (b, all)]),
+            [Some(5), Some(95)]
+        );
+        assert_eq!(
+            rates(&hierarchy, &[(a, some), (b, all.with_least(mb(200)))]),
+            [Some(5), Some(95)]
+        );
+        hierarchy.set_leaf_weight(a, 1.0).expect("a weight");
         hierarchy.set_leaf_limit(now, b, Some(mb(10)));
         assert_eq!(
             rates(&hierarchy, &[(a, all), (b, all)]),
@@ -240,7 +286,7 @@ mod tests {
         let [one, other] = [Some(mb(40)), None].map(|limit| hierarchy.add_group(now, limit));
         let [a, b] = [0; 2].map(|_| hierarchy.add_leaf(now, one));
         let c = hierarchy.add_leaf(now, other);
-        let all = Demand::Everything;
+        let all = Demand::EVERYTHING;
         assert_eq!(
             rates(&hierarchy, &[(a, all), (b, all), (c, all)]),
             [Some(20), Some(20), None]
@@ -259,7 +305,7 @@ mod tests {
             link in 1_000_000_u64..1_000_000_000,
             group_limits in prop::collection::vec(prop::option::of(1_000_000_u64..500_000_000), 1..4),
             leaves in prop::collection::vec(
-                (0_usize..4, 0.01_f64..100.0, prop::option::of(100_000_u64..900_000_000), prop::option::of(0_u64..900_000_000)),
+                (0_usize..4, 0.01_f64..100.0, prop::option::of(100_000_u64..900_000_000), prop::option::of(0_u64..900_000_000), 0_u64..90_000_000),
                 1..8,
             ),
         ) {
@@ -270,17 +316,28 @@ mod tests {
                 .map(|limit| hierarchy.add_group(now, limit.map(BytesPerSecond)))
                 .collect();
             let mut made = Vec::new();
-            for (group, weight, limit, wanted) in leaves {
+            for (group, weight, limit, wanted, least) in leaves {
                 let group = group % groups.len();
                 let leaf = hierarchy.add_leaf(now, groups[group]);
                 hierarchy.set_leaf_weight(leaf, weight).expect("a weight");
                 hierarchy.set_leaf_limit(now, leaf, limit.map(BytesPerSecond));
-                let demand = wanted.map_or(Demand::Everything, |w| Demand::AtMost(BytesPerSecond(w)));
+                let demand = Demand {
+                    least: BytesPerSecond(least),
+                    most: wanted.map(BytesPerSecond),
+                };
                 made.push((leaf, group, limit, demand));
             }
             let of = |leaf| made.iter().find(|m| m.0 == leaf).map(|m| m.3);
             let allotted = hierarchy.allot(of);
             prop_assert_eq!(allotted.len(), made.len());
+            // Nobody starves, whatever the weights: the least comes first, in equal parts.
+            for ((_, group, limit, demand), (_, rate)) in made.iter().zip(&allotted) {
+                let mates = made.iter().filter(|m| m.1 == *group).count() as u64;
+                let of_group = group_limits[*group].map_or(u64::MAX, |limit| limit / mates);
+                let least = demand.least.0.min(limit.unwrap_or(u64::MAX)).min(of_group);
+                let least = least.min(link / made.len() as u64);
+                prop_assert!(rate.expect("limited").0 + 2 >= least);
+            }
             let mut by_group = vec![0; groups.len()];
             let mut full = true;
             for ((leaf, group, limit, _), (id, rate)) in made.iter().zip(&allotted) {

@@ -22,11 +22,6 @@ use crate::sys;
 /// How often shares are worked out anew, and progress is looked at.
 const TICK: Duration = Duration::from_millis(50);
 
-/// The least pace, in bytes per second, where no limit is lower. The kernel works out when a socket
-/// may send again as it sends: after 64 KiB at a very low pace the socket stands still for seconds,
-/// however high the next pace is.
-const LEAST_PACE: u64 = 128 << 10;
-
 /// The socket of a stream, which QEMU has too.
 #[derive(Debug)]
 pub struct Stream {
@@ -139,15 +134,16 @@ impl Daemon {
                     }
                     let (demand, moved) = stream.appetite.observe(now.mono, seen, stream.pace);
                     let urgent = source.is_urgent();
-                    demands.insert(leaf, if urgent { Demand::Everything } else { demand });
+                    let most = demand.most.filter(|_| !urgent);
+                    demands.insert(leaf, Demand { most, ..demand });
                     charges.push((leaf, Bytes(moved)));
                 } else if let (Some(leaf), false) = (io.leaf, io.channels.is_empty()) {
                     let mut open = io.channels.iter().filter_map(|id| self.channels.get(id));
                     let wanted = io.rate_bytes_per_s.saturating_add(io.rate_bytes_per_s / 4);
                     let demand = if open.any(Channel::is_backlogged) {
-                        Demand::Everything
+                        Demand::EVERYTHING
                     } else {
-                        Demand::AtMost(BytesPerSecond(wanted.saturating_add(1 << 20)))
+                        Demand::at_most(BytesPerSecond(wanted.saturating_add(1 << 20)))
                     };
                     demands.insert(leaf, demand);
                 }
@@ -163,14 +159,10 @@ impl Daemon {
             let Some((run, half)) = self.leaves.get(&leaf).copied() else {
                 continue;
             };
-            let limit = self
-                .pacing
-                .leaf_limit(leaf)
-                .map_or(u64::MAX, |limit| limit.0);
             let entry = self.runs.get_mut(&run);
             let stream = entry.and_then(|entry| entry.io[half].direct.stream.as_mut());
             if let Some(stream) = stream {
-                stream.set_pace(rate.map(|rate| rate.0.max(LEAST_PACE.min(limit))));
+                stream.set_pace(rate.map(|rate| rate.0));
             }
         }
         for key in stalled {

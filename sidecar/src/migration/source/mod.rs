@@ -286,7 +286,7 @@ impl Source {
     /// Whether it is to have its full share of the bandwidth, whatever it uses of it now.
     #[must_use]
     pub fn is_urgent(&self) -> bool {
-        matches!(self.half.phase(), Phase::Stopped | Phase::Switching)
+        self.half.phase() == Phase::Switching
     }
 
     /// Whether all of its stream has been taken.
