@@ -21,13 +21,14 @@ REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
 
-test: setup lint build ## everything: lints, unit tests, stock QEMU, the protocol with qemu.qmp
+test: setup lint build qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol
 	$(CARGO) test --locked --workspace --exclude muster-testbed
 	$(CARGO) test --locked -p muster-testbed --lib --bins
 	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS)
-	$(SUDO) scripts/protocol-test.sh
+	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
+	MUSTER_QEMU=$(STOCK_QEMU) $(SUDO) scripts/protocol-test.sh
 
-test-patched: build qemu ## the same tests with real QEMU, on the patched one
+test-patched: build qemu ## only the tests with real QEMU, on the patched one
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 
 lint: ## formatting, clippy and documentation, warnings as errors

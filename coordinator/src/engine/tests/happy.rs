@@ -222,6 +222,35 @@ fn a_group_that_never_fits_is_given_up_or_forced() {
 }
 
 #[test]
+fn who_is_throttled_stays_throttled() {
+    let mut spec = spec(&["web", "db"], true);
+    spec.limits.on_non_convergence = OnNonConvergence::Throttle;
+    let mut s = Script::new(spec);
+    s.up_to("held");
+    // Once it is throttled, db dirties less than web.
+    let mut db_rate = 60 * MB;
+    let mut throttled = Vec::new();
+    for _ in 0..120 {
+        for _ in 0..2 {
+            s.armed_one("web", 0, MB);
+            s.armed_one("db", 20 * MB, db_rate);
+            s.pass(Duration::from_millis(600));
+        }
+        for (host, _, command) in std::mem::take(&mut s.sent) {
+            if let Command::Throttle(args) = command {
+                db_rate = MB / 10;
+                let percent = args.percent;
+                throttled.push((args.vm.clone(), percent));
+                let vm = args.vm;
+                s.event(host, Event::Throttled { vm, percent });
+            }
+        }
+    }
+    let db = |percent| ("db".to_owned(), percent);
+    assert_eq!(throttled, [20, 40, 60, 80, 99].map(db));
+}
+
+#[test]
 fn a_lower_share_is_sent_at_once() {
     let mut s = Script::new(spec(&["web"], false));
     s.up_to("precopy");

@@ -203,6 +203,19 @@ impl Script {
         });
     }
 
+    /// One VM's report while armed.
+    pub fn armed_one(&mut self, vm: &str, remaining_bytes: u64, dirty_rate_bytes_per_s: u64) {
+        let vm = vm.to_owned();
+        self.event(
+            A,
+            Event::Armed {
+                vm,
+                remaining_bytes,
+                dirty_rate_bytes_per_s,
+            },
+        );
+    }
+
     /// Armed, and what remains does not fall any more: the moment of the release.
     pub fn steady(&mut self, remaining_bytes: u64) {
         self.armed(remaining_bytes);
