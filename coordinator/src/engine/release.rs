@@ -170,7 +170,8 @@ impl GroupRun {
         }
     }
 
-    /// Slows the VMs that dirty at least their share, one step more.
+    /// Slows the VMs that dirty at least their share, one step more. Who is slowed already stays
+    /// among them: it dirties less for that very reason.
     fn throttle(&mut self, now: Duration) {
         let percent = THROTTLE_STEPS[self.throttle_step];
         self.throttle_step += 1;
@@ -181,11 +182,19 @@ impl GroupRun {
         };
         let count = u64::try_from(self.vms.len()).unwrap_or(1);
         let sum: u64 = self.vms.iter().map(|vm| vm.dirty_rate_bytes_per_s).sum();
+        let link = self.spec.capacity.rate(self.vms.len()).0;
+        let share = if self.vms.iter().any(|vm| vm.throttle_percent > 0) {
+            sum.max(link)
+        } else {
+            sum
+        };
         let args = self.args();
         let chosen: Vec<(HostId, String)> = self
             .vms
             .iter()
-            .filter(|vm| vm.dirty_rate_bytes_per_s.saturating_mul(count) >= sum)
+            .filter(|vm| {
+                vm.throttle_percent > 0 || vm.dirty_rate_bytes_per_s.saturating_mul(count) >= share
+            })
             .map(|vm| (vm.member.from, vm.member.name.clone()))
             .collect();
         for (host, vm) in chosen {
