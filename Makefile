@@ -16,7 +16,7 @@ STOCK_QEMU ?= qemu-system-x86_64
 REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed --test '*'
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-patched lint bench faults build qemu setup clean help
+.PHONY: demo test test-patched lint bench faults build qemu qemu-check setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
@@ -47,6 +47,9 @@ build: setup ## release build of all binaries
 
 qemu: ## the patched QEMU, in target/qemu (minutes at first, nothing when it is up to date)
 	scripts/build-qemu.sh
+
+qemu-check: ## QEMU's own test of migration and those of the series, on the patched QEMU (ARGS=kvm|tcg)
+	scripts/check-qemu.sh $(ARGS)
 
 setup: ## installs QEMU and tools where they are missing (Debian 12 and 13)
 	scripts/setup.sh

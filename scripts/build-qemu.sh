@@ -1,5 +1,6 @@
 #!/bin/bash
-# Builds the patched QEMU: target/qemu/qemu-system-x86_64, which runs where it lies.
+# Builds the patched QEMU: target/qemu/qemu-system-x86_64, which runs where it lies. With argument
+# `tests`, QEMU's own tests of migration and those of the series too, in target/qemu/build.
 #
 # The source is, in this order: MUSTER_QEMU_SOURCE (Debian's unpatched source, as a directory or as
 # the .orig.tar.xz), or the tarball from the Debian mirror that this machine's apt uses, or from
@@ -14,6 +15,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly PATCHES=qemu-patches
+readonly WHAT=${1:-}
+readonly TESTS=(tests/qtest/migration-test tests/qtest/dirty-log-export-test)
 # What the source with its Git tree takes, and what a build takes.
 readonly SOURCE_MIB=900 BUILD_MIB=300
 readonly OPTIONS=(
@@ -204,54 +207,75 @@ configure() {
     echo "$key" >"$target/build/muster-options"
 }
 
+# Makes source and build directory what base and series say.
+prepare() {
+    scripts/setup.sh qemu
+    : >"$log"
+    if ! [ -d "$src" ] || ! src_git rev-parse -q --verify refs/muster/base >/dev/null 2>&1; then
+        unpack
+    fi
+    need_space "$BUILD_MIB"
+    apply
+    configure
+}
+
 finish() {
     chmod 755 "$1"
     mv -f "$1" "$program"
     echo "$hash" >"$stamp"
 }
 
+# Fails if there is no finished program in the cache, or it does not run here.
+take_from_cache() {
+    [ -n "$cache" ] && [ -f "$cache/$hash/qemu-system-x86_64" ] || return
+    cp "$cache/$hash/qemu-system-x86_64" "$program.new" || return
+    if ! runs "$program.new"; then
+        say "the program in $cache does not run here; building it"
+        return 1
+    fi
+    finish "$program.new" || return
+    say "$program taken from $cache"
+}
+
+build() {
+    local begin
+    begin=$(date +%s)
+    prepare
+    say "building QEMU $VERSION with ${#patches[@]} patches; log: $log"
+    ninja -C "$target/build" qemu-system-x86_64 >>"$log" 2>&1 || failed "building QEMU"
+    cp "$target/build/qemu-system-x86_64" "$program.new"
+    runs "$program.new" || die "the QEMU that was built does not run: $("$program.new" -version 2>&1 | head -n 3)"
+    if [ -n "$cache" ]; then
+        if ! { mkdir -p "$cache/$hash" && cp "$program.new" "$cache/$hash/.$$" &&
+            mv -f "$cache/$hash/.$$" "$cache/$hash/qemu-system-x86_64"; }; then
+            say "the program could not be kept in $cache"
+        fi
+    fi
+    finish "$program.new"
+    say "$program built in $(($(date +%s) - begin)) s"
+}
+
+build_tests() {
+    prepare
+    say "building QEMU's tests; log: $log"
+    ninja -C "$target/build" "${TESTS[@]}" >>"$log" 2>&1 || failed "building QEMU's tests"
+}
+
+case "$WHAT" in
+'' | tests) ;;
+*) die "unknown argument \`$WHAT'; expected nothing or \`tests'" ;;
+esac
 mapfile -t patches < <(series)
 for patch in "${patches[@]}"; do
     [ -f "$PATCHES/$patch" ] || die "$PATCHES/$patch, named in $PATCHES/series, is missing"
 done
 hash=$(wanted)
-readonly hash patches
+cache=${MUSTER_QEMU_CACHE:-}
+readonly hash patches cache
 
 exec 9>"$target/lock"
 flock 9
-if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ] && runs "$program"; then
-    exit 0
+if ! { [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ] && runs "$program"; } && ! take_from_cache; then
+    build
 fi
-
-cache=${MUSTER_QEMU_CACHE:-}
-if [ -n "$cache" ] && [ -f "$cache/$hash/qemu-system-x86_64" ]; then
-    cp "$cache/$hash/qemu-system-x86_64" "$program.new"
-    if runs "$program.new"; then
-        finish "$program.new"
-        say "$program taken from $cache"
-        exit 0
-    fi
-    say "the program in $cache does not run here; building it"
-fi
-
-scripts/setup.sh qemu
-: >"$log"
-begin=$(date +%s)
-if ! [ -d "$src" ] || ! src_git rev-parse -q --verify refs/muster/base >/dev/null 2>&1; then
-    unpack
-fi
-need_space "$BUILD_MIB"
-apply
-configure
-say "building QEMU $VERSION with ${#patches[@]} patches; log: $log"
-ninja -C "$target/build" qemu-system-x86_64 >>"$log" 2>&1 || failed "building QEMU"
-cp "$target/build/qemu-system-x86_64" "$program.new"
-runs "$program.new" || die "the QEMU that was built does not run: $("$program.new" -version 2>&1 | head -n 3)"
-if [ -n "$cache" ]; then
-    if ! { mkdir -p "$cache/$hash" && cp "$program.new" "$cache/$hash/.$$" &&
-        mv -f "$cache/$hash/.$$" "$cache/$hash/qemu-system-x86_64"; }; then
-        say "the program could not be kept in $cache"
-    fi
-fi
-finish "$program.new"
-say "$program built in $(($(date +%s) - begin)) s"
+[ "$WHAT" != tests ] || build_tests
