@@ -17,6 +17,7 @@
 //! - [`drive`]: [`run`], which carries a move out.
 //! - [`observer`]: watching it; [`live`]: on a terminal.
 //! - [`preflight`], [`status`], [`operate`]: `muster check`, `status`, `abort`, `recover`.
+//! - [`scheduler`]: predicts, allocates, groups, orders; simulates.
 //! - [`report`]: what a move did; table, picture.
 
 #![forbid(unsafe_code)]
@@ -33,6 +34,7 @@ pub mod operate;
 pub mod policy;
 pub mod preflight;
 pub mod report;
+pub mod scheduler;
 pub mod status;
 
 pub use application::Application;

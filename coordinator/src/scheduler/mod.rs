@@ -1,0 +1,4 @@
+//! The scheduler: predicts, allocates, groups and orders. Pure: no clock, no I/O.
+
+pub mod bandwidth;
+pub mod predict;
