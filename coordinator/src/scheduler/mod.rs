@@ -1,4 +1,5 @@
 //! The scheduler: predicts, allocates, groups and orders. Pure: no clock, no I/O.
 
 pub mod bandwidth;
+pub mod phases;
 pub mod predict;
