@@ -53,8 +53,8 @@ pub enum QmpError {
     Protocol(String),
     /// No greeting.
     #[error(
-        "no greeting from the monitor within 2 s: another client (libvirt?) probably holds it; \
-         give Muster a monitor of its own (-qmp unix:PATH,server=on,wait=off)"
+        "no greeting from the monitor within 2 s: another client (libvirt?) holds it, or QEMU hangs \
+         or has only begun to start; give Muster a monitor of its own (-qmp unix:PATH,server=on,wait=off)"
     )]
     NoGreeting,
     /// An answer is overdue.
