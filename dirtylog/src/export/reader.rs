@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::layout::{HEADER_BYTES, Header, Layout, LayoutError, word};
 use super::{Block, Limits, MapError, Snapshot};
-use crate::scan::{self, Runs, Words};
+use crate::scan::{Runs, Words};
 use crate::sys::{ReadMap, SharedWords};
-use crate::{PageSet, Pages, index, valid_bits};
+use crate::{PageSet, Pages, SizeMismatch, index, valid_bits};
 
 /// Why an export cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -101,19 +101,9 @@ impl View<'_> {
     /// How many pages are set.
     #[must_use]
     pub fn count(&self) -> Pages {
-        // By pieces that stay in the first-level cache: shared words can only be loaded one by
-        // one, private ones are counted by vectors.
-        let mut piece = [0; 512];
-        let mut total = 0;
-        for first in (0..self.word_count()).step_by(piece.len()) {
-            let count = piece.len().min(self.word_count() - first);
-            self.words.part(first, count).copy_to(&mut piece[..count]);
-            if first + count == self.word_count() {
-                piece[count - 1] &= valid_bits(self.pages, first + count - 1);
-            }
-            total += scan::count(&piece[..count]);
-        }
-        Pages(total)
+        let last = self.word_count().checked_sub(1).map(|last| self.word(last));
+        let last = u64::from(last.unwrap_or(0).count_ones());
+        Pages(self.words.without_last().count() + last)
     }
 
     /// The runs of set pages.
@@ -128,6 +118,22 @@ impl View<'_> {
         }
         self.words.copy_to(into.words_mut());
         into.mask_tail();
+    }
+
+    /// Adds its pages to `into`.
+    ///
+    /// # Errors
+    /// The sizes differ; nothing was changed.
+    pub fn union_to(&self, into: &mut PageSet) -> Result<(), SizeMismatch> {
+        if into.pages() != self.pages() {
+            return Err(SizeMismatch {
+                expected: into.pages(),
+                found: self.pages(),
+            });
+        }
+        self.words.union_to(into.words_mut());
+        into.mask_tail();
+        Ok(())
     }
 }
 

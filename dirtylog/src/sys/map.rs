@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
+use super::simd;
 use crate::index;
 use crate::scan::Words;
 
@@ -129,15 +130,33 @@ impl ReadMap {
 pub(crate) struct SharedWords<'a>(&'a [AtomicU64]);
 
 impl SharedWords<'_> {
-    /// Words `first..first + count` of these.
-    pub(crate) fn part(&self, first: usize, count: usize) -> Self {
-        Self(&self.0[first..first + count])
+    /// How many bits are set.
+    pub(crate) fn count(&self) -> u64 {
+        simd::count_shared(self.0)
+    }
+
+    /// All but the last word.
+    pub(crate) fn without_last(&self) -> Self {
+        Self(self.0.split_last().map_or(&[], |(_, rest)| rest))
     }
 
     /// Copies the words; `into` has as many.
     pub(crate) fn copy_to(&self, into: &mut [u64]) {
-        for (shared, own) in self.0.iter().zip(into) {
-            *own = u64::from_le(shared.load(Ordering::Relaxed));
+        self.merge::<false>(into);
+    }
+
+    /// Adds the words' bits to those of `into`, which has as many.
+    pub(crate) fn union_to(&self, into: &mut [u64]) {
+        self.merge::<true>(into);
+    }
+
+    fn merge<const UNION: bool>(&self, into: &mut [u64]) {
+        if cfg!(target_endian = "little") {
+            simd::merge::<UNION>(self.0, into);
+        } else {
+            for (index, own) in into.iter_mut().enumerate().take(self.0.len()) {
+                *own = self.word(index) | if UNION { *own } else { 0 };
+            }
         }
     }
 }
@@ -152,10 +171,11 @@ impl Words for SharedWords<'_> {
     }
 
     fn next_nonzero(&self, from: usize) -> Option<(usize, u64)> {
-        let rest = self.0.get(from..)?.iter().enumerate();
-        let mut words = rest.map(|(index, word)| (from + index, word.load(Ordering::Relaxed)));
-        let (index, word) = words.find(|&(_, word)| word != 0)?;
-        Some((index, u64::from_le(word)))
+        let rest = self.0.get(from..)?;
+        // What was zero a moment ago may not be any more: each word is judged by one look.
+        (from + simd::skip_shared_zeros(rest)..self.0.len())
+            .map(|index| (index, self.word(index)))
+            .find(|&(_, word)| word != 0)
     }
 }
 

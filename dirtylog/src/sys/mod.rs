@@ -10,4 +10,4 @@ mod simd;
 
 pub use map::MapError;
 pub(crate) use map::{ReadMap, SharedWords, WriteMap};
-pub(crate) use simd::{count, count_common};
+pub(crate) use simd::{count, count_common, skip_zeros};
