@@ -12,11 +12,16 @@ PATCHED_QEMU := $(abspath $(TARGET)/qemu/qemu-system-x86_64)
 ifneq ($(wildcard $(PATCHED_QEMU)),)
 export MUSTER_QEMU ?= $(PATCHED_QEMU)
 endif
+# The same without the patches, once `make qemu-base` has built it: `bench plain` compares with it.
+BASE_QEMU := $(abspath $(TARGET)/qemu-base/qemu-system-x86_64)
+ifneq ($(wildcard $(BASE_QEMU)),)
+export MUSTER_BASE_QEMU ?= $(BASE_QEMU)
+endif
 STOCK_QEMU ?= qemu-system-x86_64
 REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release -p muster-testbed --test '*'
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-patched lint bench faults build qemu qemu-check setup clean help
+.PHONY: demo test test-patched lint bench faults build qemu qemu-check qemu-base setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
@@ -50,6 +55,9 @@ qemu: ## the patched QEMU, in target/qemu (minutes at first, nothing when it is 
 
 qemu-check: ## QEMU's own test of migration and those of the series, on the patched QEMU (ARGS=kvm|tcg)
 	scripts/check-qemu.sh $(ARGS)
+
+qemu-base: ## the same QEMU without the patches, in target/qemu-base: what `bench plain` compares with
+	scripts/build-qemu.sh base
 
 setup: ## installs QEMU and tools where they are missing (Debian 12 and 13)
 	scripts/setup.sh

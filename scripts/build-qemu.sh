@@ -1,6 +1,8 @@
 #!/bin/bash
 # Builds the patched QEMU: target/qemu/qemu-system-x86_64, which runs where it lies. With argument
-# `tests`, QEMU's own tests of migration and those of the series too, in target/qemu/build.
+# `tests`, QEMU's own tests of migration and those of the series too, in target/qemu/build. With
+# argument `base`, the same source with the same options and without the series instead, as
+# target/qemu-base/qemu-system-x86_64: what a plain migration of the patched one is compared with.
 #
 # The source is, in this order: MUSTER_QEMU_SOURCE (Debian's unpatched source, as a directory or as
 # the .orig.tar.xz), or the tarball from the Debian mirror that this machine's apt uses, or from
@@ -44,10 +46,18 @@ failed() {
 
 # shellcheck source=qemu-patches/BASE
 . "$PATCHES/BASE"
-target=${CARGO_TARGET_DIR:-target}/qemu
-mkdir -p "$target" || die "cannot make $target"
+case "$WHAT" in
+'' | tests) name=qemu ;;
+base) name=qemu-base ;;
+*) die "unknown argument \`$WHAT'; expected nothing, \`tests' or \`base'" ;;
+esac
+target=${CARGO_TARGET_DIR:-target}/$name
+# Both keep their tarball here.
+downloads=${CARGO_TARGET_DIR:-target}/qemu
+mkdir -p "$target" "$downloads" || die "cannot make $target"
 target=$(realpath "$target")
-readonly target log=$target/log src=$target/src
+downloads=$(realpath "$downloads")
+readonly name target downloads log=$target/log src=$target/src
 readonly program=$target/qemu-system-x86_64 stamp=$target/stamp
 
 # Git without anybody's settings; the directory may be another user's, if sudo was used before.
@@ -60,8 +70,9 @@ src_git() {
         --git-dir="$target/git" --work-tree="$src" "$@"
 }
 
-# The patches of the series, one a line.
+# The patches of the series, one a line; none for the base.
 series() {
+    [ "$name" = qemu ] || return 0
     [ -e "$PATCHES/series" ] || die "$PATCHES/series is missing"
     sed -e 's/[[:space:]]*#.*//' -e '/^[[:space:]]*$/d' "$PATCHES/series"
 }
@@ -97,7 +108,7 @@ is_pinned() {
 
 # Puts the pinned tarball to $tarball, from a mirror.
 download() {
-    local mirror url part=$tarball.part helper=/usr/lib/apt/apt-helper
+    local mirror url part=$target/$DEBIAN_SOURCE.part helper=/usr/lib/apt/apt-helper
     local mirrors=()
     if command -v apt-get >/dev/null; then
         # All suites of a mirror share its pool, so it does not matter which one this machine uses.
@@ -135,7 +146,7 @@ download() {
 
 # Puts the verified source to $src, as commit refs/muster/base.
 unpack() {
-    local from=${MUSTER_QEMU_SOURCE:-} tarball=$target/$DEBIAN_SOURCE tree
+    local from=${MUSTER_QEMU_SOURCE:-} tarball=$downloads/$DEBIAN_SOURCE tree
     rm -rf "$src" "$target/git" "$target/build"
     need_space $((SOURCE_MIB + BUILD_MIB))
     mkdir "$src"
@@ -261,10 +272,6 @@ build_tests() {
     ninja -C "$target/build" "${TESTS[@]}" >>"$log" 2>&1 || failed "building QEMU's tests"
 }
 
-case "$WHAT" in
-'' | tests) ;;
-*) die "unknown argument \`$WHAT'; expected nothing or \`tests'" ;;
-esac
 mapfile -t patches < <(series)
 for patch in "${patches[@]}"; do
     [ -f "$PATCHES/$patch" ] || die "$PATCHES/$patch, named in $PATCHES/series, is missing"
