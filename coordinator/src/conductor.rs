@@ -430,6 +430,7 @@ fn limits(app: &Application) -> Limits {
         report_interval: app.report_interval,
         multifd_channels: app.multifd_channels,
         termination: app.termination,
+        horizon: app.horizon,
         on_non_convergence: app.on_non_convergence,
     }
 }

@@ -266,8 +266,8 @@ mod tests {
                     .1,
             );
         }
-        assert_eq!(reasons[..3], [None, None, None]);
-        assert_eq!(reasons[3], Some(HoldReason::Stalled));
+        assert_eq!(reasons[..2], [None, None]);
+        assert_eq!(reasons[2], Some(HoldReason::Stalled));
     }
 
     #[test]

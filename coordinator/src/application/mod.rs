@@ -69,6 +69,8 @@ pub struct Application {
     pub lease: Duration,
     /// The host whose sidecar keeps the decision.
     pub register: HostId,
+    /// How long a held group that does not fit `max-downtime` is tried.
+    pub horizon: Duration,
     /// What to do with a group that never fits `max-downtime`.
     pub on_non_convergence: OnNonConvergence,
     /// What to do with the groups already moved when a later one fails.

@@ -9,7 +9,7 @@ use sidecar::protocol::command::{
 use sidecar::protocol::types::Role;
 
 use super::group::{GroupRun, Stage};
-use super::release::{ARM_WITHIN, HORIZON, STOP_WITHIN};
+use super::release::{ARM_WITHIN, LATE_RELEASE, STOP_WITHIN};
 use super::{GroupSpec, Step};
 use crate::application::{HostId, OnNonConvergence};
 use crate::capacity::shares;
@@ -153,7 +153,7 @@ impl GroupRun {
         let limit = self.spec.limits.deadline.unwrap_or(generous);
         // VMs that were put into the hold at the deadline get their time to be released.
         let limit = limit.saturating_add(if self.hold_sent {
-            HORIZON * 3
+            LATE_RELEASE * 3
         } else {
             Duration::ZERO
         });
@@ -232,7 +232,7 @@ impl GroupRun {
             {
                 self.hold_sent = true;
                 self.forced = true;
-                self.stage_deadline = Some(now + HORIZON);
+                self.stage_deadline = Some(now + LATE_RELEASE);
                 let missing = self.names_where(|vm| !vm.held);
                 self.notice(format!("the deadline has come: {missing} is held now"));
                 let args = self.args();

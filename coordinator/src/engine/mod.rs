@@ -104,6 +104,8 @@ pub struct Limits {
     pub multifd_channels: u8,
     /// When pre-copy ends for a VM.
     pub termination: Termination,
+    /// How long a held group that does not fit is tried.
+    pub horizon: Duration,
     /// What to do with a group that does not fit.
     pub on_non_convergence: OnNonConvergence,
 }

@@ -12,8 +12,8 @@ use crate::application::{HostId, OnNonConvergence};
 
 pub(super) const ARM_WITHIN: Duration = Duration::from_secs(3);
 pub(super) const STOP_WITHIN: Duration = Duration::from_secs(5);
-/// How long a held group is tried before `on-non-convergence` applies.
-pub(super) const HORIZON: Duration = Duration::from_secs(10);
+/// What a group that is held at its deadline is given to be released.
+pub(super) const LATE_RELEASE: Duration = Duration::from_secs(10);
 /// Throttles of QEMU's auto-converge take effect in steps of 3.2 s.
 const THROTTLE_SETTLES: Duration = Duration::from_secs(4);
 const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
@@ -44,7 +44,7 @@ impl GroupRun {
     /// All are held: what a VM has left from its last round is sent in the paced hold first. An
     /// armed QEMU that has nothing left to send spins, and its guest, and others, pay for it.
     pub(super) fn drain(&mut self, now: Duration) {
-        if self.has_drained() {
+        if self.has_drained() || self.is_horizon_over(now) {
             self.arm(now);
             return;
         }
@@ -61,6 +61,12 @@ impl GroupRun {
     }
 
     pub(super) fn arm(&mut self, now: Duration) {
+        let limits = self.spec.limits;
+        let predicted = self.predict();
+        let may_force = limits.on_non_convergence == OnNonConvergence::Force && !self.forced;
+        if may_force && predicted > limits.max_downtime && self.is_horizon_over(now) {
+            self.does_not_converge(now, predicted);
+        }
         for vm in &mut self.vms {
             vm.armed = false;
         }
@@ -137,10 +143,14 @@ impl GroupRun {
             retry_at: now + back_off,
         };
         self.stage_deadline = self.release_deadline();
-        let since = self.all_held_at.unwrap_or(now);
-        if now >= since + HORIZON {
+        if self.is_horizon_over(now) {
             self.does_not_converge(now, best);
         }
+    }
+
+    fn is_horizon_over(&self, now: Duration) -> bool {
+        let since = self.all_held_at.unwrap_or(now);
+        now >= since.saturating_add(self.spec.limits.horizon)
     }
 
     /// The horizon is over and the group has not fitted `max-downtime`.
@@ -176,7 +186,8 @@ impl GroupRun {
         let percent = THROTTLE_STEPS[self.throttle_step];
         self.throttle_step += 1;
         // The next step follows after one attempt that had time to settle.
-        self.all_held_at = Some((now + THROTTLE_SETTLES).saturating_sub(HORIZON));
+        let horizon = self.spec.limits.horizon;
+        self.all_held_at = Some((now + THROTTLE_SETTLES).saturating_sub(horizon));
         self.stage = Stage::Held {
             retry_at: now + THROTTLE_SETTLES,
         };

@@ -94,7 +94,7 @@ impl Default for Termination {
     fn default() -> Self {
         Self {
             stall_epsilon: 0.1,
-            stall_rounds: 3,
+            stall_rounds: 2,
             max_rounds: 30,
             max_memory_factor: 3.0,
             max_precopy_ms: 0,

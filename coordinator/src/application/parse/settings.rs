@@ -114,6 +114,7 @@ pub(super) fn read_settings(
             let at = ("register", "[application]", &found.span);
             host_named(hosts, &found.value, at, problems)
         });
+    let horizon = reader.duration(problems, "horizon", Duration::ZERO..DAY);
     let non_convergence = [
         ("abort", OnNonConvergence::Abort),
         ("throttle", OnNonConvergence::Throttle),
@@ -143,6 +144,7 @@ pub(super) fn read_settings(
             deadline,
             lease: lease.unwrap_or(Duration::from_secs(5)),
             register: HostId(0),
+            horizon: horizon.unwrap_or(Duration::from_secs(10)),
             on_non_convergence: on_non_convergence.unwrap_or(OnNonConvergence::Abort),
             on_partial: on_partial.unwrap_or(OnPartial::Stay),
             report_interval: interval.unwrap_or(500 * MS),

@@ -52,9 +52,10 @@ fn a_whole_file_with_its_defaults() {
     assert_eq!(app.max_downtime, Duration::from_millis(300));
     assert_eq!(app.hard_downtime, Duration::from_millis(600));
     assert_eq!(app.lease, Duration::from_secs(5));
+    assert_eq!(app.horizon, Duration::from_secs(10));
     assert_eq!(app.register, HostId(0));
     assert_eq!(app.termination.max_rounds, 12);
-    assert_eq!(app.termination.stall_rounds, 3);
+    assert_eq!(app.termination.stall_rounds, 2);
     assert_eq!(app.vms[1].from, HostId(1));
     assert_eq!(app.vms[0].profile.memory, Some(Bytes(128 << 20)));
     assert_eq!(app.traffic[0].between, [VmId(0), VmId(1)]);

@@ -251,6 +251,27 @@ fn who_is_throttled_stays_throttled() {
 }
 
 #[test]
+fn without_a_horizon_a_hopeless_group_is_forced_at_its_first_arming() {
+    let mut spec = spec(&["web"], true);
+    spec.limits.on_non_convergence = OnNonConvergence::Force;
+    spec.limits.horizon = Duration::ZERO;
+    let mut s = Script::new(spec);
+    s.up_to("precopy");
+    let remaining_bytes = 20 * MB; // 400 ms: above max-downtime, within the hard limit
+    s.each(A, |vm| Event::Held {
+        vm,
+        reason: HoldReason::Stalled,
+        remaining_bytes,
+        dirty_rate_bytes_per_s: MB,
+    });
+    assert_eq!(s.took().last(), Some(&(A, "arm")));
+    s.armed(remaining_bytes);
+    s.pass(Duration::from_millis(600));
+    s.steady(remaining_bytes);
+    assert_eq!(s.took(), vec![(A, "release")]);
+}
+
+#[test]
 fn a_lower_share_is_sent_at_once() {
     let mut s = Script::new(spec(&["web"], false));
     s.up_to("precopy");

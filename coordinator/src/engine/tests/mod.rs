@@ -43,6 +43,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
             report_interval: Duration::from_millis(500),
             multifd_channels: 0,
             termination: Termination::default(),
+            horizon: Duration::from_secs(10),
             on_non_convergence: OnNonConvergence::Abort,
         },
         capacity: Capacity {
