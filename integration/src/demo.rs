@@ -171,6 +171,7 @@ fn lab_spec(options: &DemoOptions, accel: Accel) -> Result<LabSpec> {
         traffic,
         adopting: Vec::new(),
         resident: Vec::new(),
+        programs: Vec::new(),
         settings: vec![format!(
             "max-downtime = \"{}ms\"",
             options.max_downtime.as_millis()

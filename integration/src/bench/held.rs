@@ -11,7 +11,7 @@ use serde_json::json;
 use super::cpu::CpuTime;
 use super::output::number;
 use super::result::{Bound, Figure, Section, Statistic, Table};
-use super::watch::carry_out;
+use super::watch::{carried, carry_out};
 use super::{Bench, ms};
 use crate::clock::Micros;
 use crate::lab::{Lab, LabSpec};
@@ -245,17 +245,6 @@ fn held(
     };
     carry_out(lab, &app, Policy::Muster, bench.interrupt, Some(&mut look))?;
     found.context("the group was never held")
-}
-
-/// Bytes that this host has sent over the link.
-fn carried(lab: &Lab, host: usize) -> Result<u64> {
-    let carried = lab.network.link("a", "b")?.carried()?;
-    let name = &lab.spec.hosts[host];
-    let end = [carried.first, carried.second]
-        .into_iter()
-        .find(|end| end.0 == *name);
-    end.map(|(_, bytes)| bytes.0)
-        .context("no such end of the link")
 }
 
 fn carried_since(lab: &Lab, host: usize, before: u64) -> Result<u64> {

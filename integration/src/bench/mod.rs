@@ -9,14 +9,19 @@ mod commit;
 mod control;
 mod cpu;
 mod direct;
+mod estimator;
+mod export;
 mod held;
+mod hot;
 mod machine;
 mod memory;
 mod moves;
 pub mod output;
 mod pacing;
+mod plain;
 mod relay;
 pub mod result;
+mod scan;
 pub mod stats;
 mod total;
 mod transfer;
@@ -25,7 +30,7 @@ mod watch;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::lab::{Lab, LabSpec};
@@ -33,6 +38,7 @@ use crate::qemu::{Accel, AccelChoice, accel, installed};
 use crate::signals::Interrupt;
 use machine::Machine;
 use result::Section;
+use sidecar::protocol::types::QemuBuild;
 
 /// One benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -53,12 +59,45 @@ pub enum Name {
     Memory,
     /// Latency of the decision (about 1 minute).
     Commit,
+    /// A plain migration on the patched QEMU against the same without the patches (about 2 minutes).
+    Plain,
+    /// Guests that dirty faster than the link carries: when pre-copy ends (about 7 minutes).
+    Hot,
+    /// The time that exporting the dirty log takes (about 3 minutes).
+    Export,
+    /// Scanning bitmaps in shared memory against the machine's read bandwidth (seconds).
+    Scan,
+    /// The predicted footprint on traces of known shape (seconds).
+    Estimator,
+}
+
+impl Name {
+    /// What it needs and is not there.
+    #[must_use]
+    pub fn lacks(self, build: QemuBuild, base_qemu: Option<&str>) -> Option<&'static str> {
+        let patched = build == QemuBuild::Patched;
+        match self {
+            Self::Plain | Self::Hot | Self::Export if !patched => {
+                Some("a patched QEMU (`make qemu` builds it, MUSTER_QEMU names it)")
+            }
+            Self::Plain if base_qemu.is_none() => Some(
+                "the same QEMU without the patches (`make qemu-base` builds it, --base-qemu or \
+                 MUSTER_BASE_QEMU names it)",
+            ),
+            _ => None,
+        }
+    }
+
+    fn as_str(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
 }
 
 /// `muster-testbed bench`
 #[derive(Debug, Args)]
 pub struct BenchOptions {
-    /// Which; default: all.
+    /// Which; default: all for which everything is there.
     #[arg(value_enum)]
     pub names: Vec<Name>,
     /// A smoke test: everything once and small, nothing to judge by.
@@ -67,6 +106,9 @@ pub struct BenchOptions {
     /// kvm, tcg, or auto: KVM where a guest really runs under it.
     #[arg(long, default_value = "auto")]
     pub accel: AccelChoice,
+    /// QEMU without the patches, for `plain`; default: the one that MUSTER_BASE_QEMU names.
+    #[arg(long)]
+    pub base_qemu: Option<String>,
     /// Writes everything measured to this file.
     #[arg(long)]
     pub json: Option<PathBuf>,
@@ -82,6 +124,8 @@ pub struct Bench<'a> {
     pub quick: bool,
     /// Who executes the guests.
     pub accel: Accel,
+    /// QEMU without the patches.
+    pub base_qemu: Option<&'a str>,
     /// Ctrl-C.
     pub interrupt: &'a Interrupt,
     began: Instant,
@@ -105,6 +149,7 @@ impl Bench<'_> {
             settings: Vec::new(),
             adopting: Vec::new(),
             resident: Vec::new(),
+            programs: Vec::new(),
         })
     }
 
@@ -120,9 +165,12 @@ impl Bench<'_> {
 pub fn bench(options: &BenchOptions, interrupt: &Interrupt) -> Result<()> {
     let chosen = accel::choose(options.accel)?;
     let machine = Machine::here(installed()?, chosen.accel);
+    let base_qemu = options.base_qemu.clone();
+    let base_qemu = base_qemu.or_else(|| std::env::var("MUSTER_BASE_QEMU").ok());
     let bench = Bench {
         quick: options.quick,
         accel: chosen.accel,
+        base_qemu: base_qemu.as_deref(),
         interrupt,
         began: Instant::now(),
     };
@@ -135,6 +183,12 @@ pub fn bench(options: &BenchOptions, interrupt: &Interrupt) -> Result<()> {
     let mut sections: Vec<Section> = Vec::new();
     for name in names {
         interrupt.check()?;
+        if let Some(lacking) = name.lacks(machine.qemu, bench.base_qemu) {
+            let text = format!("{} needs {lacking}", name.as_str());
+            ensure!(options.names.is_empty(), "{text}");
+            bench.say(&format!("not measured: {text}"));
+            continue;
+        }
         let began = Instant::now();
         let mut section = run_one(&bench, *name)?;
         section.took_s = began.elapsed().as_secs_f64();
@@ -168,13 +222,13 @@ fn run_one(bench: &Bench<'_>, name: Name) -> Result<Section> {
         Name::Pacing => pacing::run,
         Name::Memory => memory::run,
         Name::Commit => commit::run,
+        Name::Plain => plain::run,
+        Name::Hot => hot::run,
+        Name::Export => export::run,
+        Name::Scan => scan::run,
+        Name::Estimator => estimator::run,
     };
-    let name = name.to_possible_value();
-    let name = name
-        .as_ref()
-        .map_or("?", |value| value.get_name())
-        .to_owned();
-    run(bench).with_context(|| format!("benchmark {name}"))
+    run(bench).with_context(|| format!("benchmark {}", name.as_str()))
 }
 
 /// The date as YYYY-MM-DD (UTC).

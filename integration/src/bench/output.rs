@@ -146,9 +146,10 @@ fn markdown_table(table: &Table) -> String {
     line(&heads) + &line(&rule) + &rows
 }
 
-/// What a section is called in a document: there is one for each kind of QEMU.
+/// What a section is called in a document: there is one for each kind of QEMU, if it matters.
 fn heading(section: &Section, machine: &Machine) -> String {
     match machine.qemu {
+        _ if section.without_qemu => format!("### `{}`:", section.name),
         QemuBuild::Stock => format!("### `{}`:", section.name),
         QemuBuild::Patched => format!("### `{}`, patched QEMU:", section.name),
     }

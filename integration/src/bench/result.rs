@@ -133,6 +133,8 @@ pub struct Section {
     pub title: &'static str,
     /// How it was set up, with the numbers of this run.
     pub setup: String,
+    /// Whether it is the same whatever QEMU there is.
+    pub without_qemu: bool,
     /// How long it took, in seconds.
     pub took_s: f64,
     /// The figures.
@@ -151,6 +153,7 @@ impl Section {
             name,
             title,
             setup,
+            without_qemu: false,
             took_s: 0.0,
             figures: Vec::new(),
             tables: Vec::new(),

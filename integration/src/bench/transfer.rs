@@ -91,15 +91,16 @@ pub fn pairs(
     let mut lab = bench.lab(spec)?;
     lab.network.link("a", "b")?.unshape()?;
     let sidecars = [lab.sidecar("a")?.pid(), lab.sidecar("b")?.pid()];
+    let moved = &lab.spec.guests[0].name;
     let mut done = Vec::new();
     for index in 0..=pairs {
         bench.interrupt.check()?;
         let (plain, carried) = if index % 2 == 0 {
-            let plain = plain(&lab, FIRST_PORT + index)?;
+            let plain = plain(&lab, moved, FIRST_PORT + index)?;
             (plain, carried(&lab, transport, sidecars)?)
         } else {
             let carried = carried(&lab, transport, sidecars)?;
-            (plain(&lab, FIRST_PORT + index)?, carried)
+            (plain(&lab, moved, FIRST_PORT + index)?, carried)
         };
         bench.say(&format!(
             "{name} {index}/{pairs}: QEMU alone {:.2} GiB/s, {transport} {:.2} GiB/s, ratio {:.2}, sidecars {:.3} and {:.3} CPU-s/GiB{}",
@@ -148,9 +149,11 @@ pub fn busy(done: &[Pair]) -> String {
     )
 }
 
-/// QEMU to QEMU over TCP.
-fn plain(lab: &Lab, port: usize) -> Result<Run> {
-    let guest = &lab.spec.guests[0].name;
+/// QEMU to QEMU over TCP, from host a to b.
+///
+/// # Errors
+/// The migration fails.
+pub fn plain(lab: &Lab, guest: &str, port: usize) -> Result<Run> {
     let log = lab.directory().join("plain.log");
     let isolation = lab.network.host("b")?.isolation(Some(log));
     let launch = lab.launch(guest, "b")?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use coordinator::application::{Application, Policy};
 use coordinator::engine::Step;
 use coordinator::observer::{GroupName, Observer, Progress};
@@ -17,6 +17,7 @@ use sidecar::protocol::types::Phase;
 use crate::clock::Micros;
 use crate::lab::Lab;
 use crate::signals::Interrupt;
+use crate::ticks::GapStats;
 
 const TICKS_WITHIN: Duration = Duration::from_secs(10);
 
@@ -29,6 +30,8 @@ pub struct Stood {
     pub first: Micros,
     /// How long it stood still: the gap less one tick period.
     pub downtime: Duration,
+    /// Its ticks until the last one at the source.
+    pub until_then: GapStats,
 }
 
 /// One committed move.
@@ -188,26 +191,11 @@ pub fn carry_out(
         let reason = report.reason.unwrap_or_default();
         bail!("{policy}: {}: {reason}", report.result);
     }
-    let mut stood = Vec::new();
-    for vm in &report.vms {
-        lab.ticks.wait_for_tick(&vm.name, &vm.to, TICKS_WITHIN)?;
-        let record = lab.ticks.record_since(&vm.name, since);
-        if !record.overlaps().is_empty() {
-            bail!("{} ran on both sides: {:?}", vm.name, record.overlaps());
-        }
-        if let Some(lost) = record.breaks().first() {
-            bail!("{} lost or repeated ticks: {lost:?}", vm.name);
-        }
-        let switchovers = record.switchovers();
-        let [switchover] = &switchovers[..] else {
-            bail!("{}: expected one switchover: {switchovers:?}", vm.name);
-        };
-        stood.push(Stood {
-            last: switchover.last,
-            first: switchover.first,
-            downtime: switchover.downtime,
-        });
-    }
+    let stood = report
+        .vms
+        .iter()
+        .map(|vm| stood(lab, &vm.name, &vm.to, since));
+    let stood = stood.collect::<Result<_>>()?;
     // Nobody looks at older ticks again.
     lab.ticks
         .forget_before(Micros::now() - Duration::from_millis(100));
@@ -216,4 +204,44 @@ pub fn carry_out(
         stood,
         last_arrived_us: watch.last_arrived_us,
     })
+}
+
+/// What a guest saw that was moved to host `to`, from its ticks since `since`.
+///
+/// # Errors
+/// It does not tick there, ran on both sides, or lost a tick.
+pub fn stood(lab: &Lab, vm: &str, to: &str, since: Micros) -> Result<Stood> {
+    lab.ticks.wait_for_tick(vm, to, TICKS_WITHIN)?;
+    let record = lab.ticks.record_since(vm, since);
+    if !record.overlaps().is_empty() {
+        bail!("{vm} ran on both sides: {:?}", record.overlaps());
+    }
+    if let Some(lost) = record.breaks().first() {
+        bail!("{vm} lost or repeated ticks: {lost:?}");
+    }
+    let switchovers = record.switchovers();
+    let [switchover] = &switchovers[..] else {
+        bail!("{vm}: expected one switchover: {switchovers:?}");
+    };
+    let until_then = record.window(since..switchover.first).gaps();
+    Ok(Stood {
+        last: switchover.last,
+        first: switchover.first,
+        downtime: switchover.downtime,
+        until_then: until_then.with_context(|| format!("{vm} did not tick before it moved"))?,
+    })
+}
+
+/// Bytes that this host has sent over the link between hosts a and b.
+///
+/// # Errors
+/// There is no such link, or it cannot be asked.
+pub fn carried(lab: &Lab, host: usize) -> Result<u64> {
+    let carried = lab.network.link("a", "b")?.carried()?;
+    let name = &lab.spec.hosts[host];
+    let end = [carried.first, carried.second]
+        .into_iter()
+        .find(|end| end.0 == *name);
+    end.map(|(_, bytes)| bytes.0)
+        .context("no such end of the link")
 }

@@ -113,6 +113,7 @@ pub fn lab_spec(
         traffic: Vec::new(),
         adopting: Vec::new(),
         resident: Vec::new(),
+        programs: Vec::new(),
         settings,
     })
 }

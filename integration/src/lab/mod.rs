@@ -99,6 +99,8 @@ pub struct LabSpec {
     /// Hosts whose guests' memory is there before QEMU is, and stays when it ends: filling it costs
     /// no page faults. See [`Launch::keep_memory`].
     pub resident: Vec<String>,
+    /// Programs that execute these guests, in the place of the installed QEMU.
+    pub programs: Vec<(String, String)>,
     /// Lines for `[application]` beyond name and bandwidth, such as `max-downtime = "300ms"`.
     pub settings: Vec<String>,
 }
@@ -230,6 +232,10 @@ impl Lab {
                     Launch::new(guest, self.spec.accel, self.directory.path(), host, socket)?;
                 if self.spec.resident.contains(host) {
                     launch.keep_memory()?;
+                }
+                let mut programs = self.spec.programs.iter();
+                if let Some((_, program)) = programs.find(|(name, _)| *name == guest.name) {
+                    launch.use_program(program);
                 }
                 self.launches
                     .insert((guest.name.clone(), host.clone()), launch);

@@ -128,15 +128,21 @@ pub fn installed() -> Result<&'static Installed, QemuError> {
         return Ok(found);
     }
     let program = std::env::var("MUSTER_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
-    let version = parse_version(&program, &ask(&program, "-version")?)?;
-    let machine = parse_machine(&program, &ask(&program, "-machine=help")?)?;
-    let build = build_of(&program);
-    Ok(FOUND.get_or_init(|| Installed {
-        program,
-        version,
-        machine,
-        build,
-    }))
+    let found = identify(&program)?;
+    Ok(FOUND.get_or_init(|| found))
+}
+
+/// Asks a program what it is.
+///
+/// # Errors
+/// It does not run, or is too old.
+pub fn identify(program: &str) -> Result<Installed, QemuError> {
+    Ok(Installed {
+        program: program.to_owned(),
+        version: parse_version(program, &ask(program, "-version")?)?,
+        machine: parse_machine(program, &ask(program, "-machine=help")?)?,
+        build: build_of(program),
+    })
 }
 
 /// A program that does not answer is no patched one.
@@ -249,6 +255,8 @@ pub struct Launch {
     pub ticks: PathBuf,
     /// The socket of the testbed's own monitor.
     pub observe: PathBuf,
+    /// Another program than the installed one.
+    program: Option<String>,
     /// Guest memory that outlives QEMU.
     memory: Option<Arc<OwnedFd>>,
 }
@@ -276,8 +284,14 @@ impl Launch {
             rom,
             ticks,
             observe: directory.join(format!("{}.{host}.observe", spec.name)),
+            program: None,
             memory: None,
         })
+    }
+
+    /// Has the VM executed by another program than the installed QEMU.
+    pub fn use_program(&mut self, program: &str) {
+        self.program = Some(program.to_owned());
     }
 
     /// Makes the guest's memory now, and keeps it for every QEMU that is started from here.
@@ -310,7 +324,7 @@ impl Launch {
     pub fn template(&self, role: Role) -> Result<Vec<String>, QemuError> {
         let qemu = installed()?;
         let mut command: Vec<String> = [
-            &qemu.program,
+            self.program.as_ref().unwrap_or(&qemu.program),
             "-nodefaults",
             "-no-user-config",
             "-display",

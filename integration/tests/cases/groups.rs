@@ -30,6 +30,7 @@ pub fn spec(accel: Accel, guests: &[&str]) -> Result<LabSpec> {
         traffic: vec![("web".into(), "db".into(), BytesPerSecond(50_000))],
         adopting: vec![],
         resident: vec![],
+        programs: Vec::new(),
         settings: vec!["lease = \"3s\"".into()],
     })
 }
