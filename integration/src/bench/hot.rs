@@ -4,7 +4,8 @@
 //! In turns, on the same guests: intelligent termination (rounds that send no more than is dirtied
 //! meanwhile end pre-copy), the rule that VMbuddies compares with (Xen's: at most 30 rounds, at
 //! most 3 times the memory), and QEMU by itself with auto-converge, which is given as its
-//! downtime-limit the downtime that intelligent termination has reached in the same turn.
+//! downtime-limit the downtime that intelligent termination has reached in the same turn. The last
+//! one knows in advance what the others have to find out; so a fourth move is told it, too.
 
 mod alone;
 
@@ -22,6 +23,7 @@ use super::{Bench, float, ms};
 use crate::clock::Micros;
 use crate::guest::GuestSpec;
 use crate::lab::{Lab, LabSpec};
+use alone::Alone;
 
 const GUESTS: [&str; 3] = [
     "web:64MiB:30MB/s:6MiB",
@@ -34,7 +36,6 @@ const QUICK_GUESTS: [&str; 3] = [
     "db:32MiB:40MB/s:8MiB",
 ];
 const LINK: &str = "400Mbit/s";
-const QUICK_LINK: &str = "200Mbit/s";
 const TURNS: usize = 6;
 /// Less than the working sets take to cross.
 const MAX_DOWNTIME: &str = "100ms";
@@ -60,16 +61,31 @@ struct Cost {
 }
 
 /// Who ends pre-copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum Rule {
     Intelligent,
     Static,
+    /// Intelligent, with another max-downtime.
+    Told(Duration),
+    /// QEMU by itself, with this downtime-limit.
+    Alone(Duration),
 }
 
 struct Turn {
     intelligent: Cost,
     fixed: Cost,
+    told: Cost,
     alone: Cost,
+    throttled_percent: u64,
+}
+
+/// Guests that go to and fro.
+struct Guests<'a> {
+    bench: &'a Bench<'a>,
+    lab: Lab,
+    alone: Alone,
+    /// Index of the host where they are.
+    at: usize,
     throttled_percent: u64,
 }
 
@@ -78,10 +94,10 @@ struct Turn {
 /// # Errors
 /// A move fails.
 pub fn run(bench: &Bench<'_>) -> Result<Section> {
-    let (turns, guests, link) = if bench.quick {
-        (1, QUICK_GUESTS, QUICK_LINK)
+    let (turns, guests) = if bench.quick {
+        (1, QUICK_GUESTS)
     } else {
-        (TURNS, GUESTS, LINK)
+        (TURNS, GUESTS)
     };
     let lab = bench.lab(LabSpec {
         settings: vec![
@@ -90,88 +106,116 @@ pub fn run(bench: &Bench<'_>) -> Result<Section> {
             "on-non-convergence = \"force\"".to_owned(),
             "horizon = \"0s\"".to_owned(),
         ],
-        ..bench.spec(&guests, link)?
+        ..bench.spec(&guests, LINK)?
     })?;
-    let mut alone = alone::Alone::default();
-    let mut at = 0;
+    let mut moved = Guests {
+        bench,
+        lab,
+        alone: Alone::default(),
+        at: 0,
+        throttled_percent: 0,
+    };
     let mut done = Vec::new();
     for index in 0..turns {
-        let mut moved = |lab: &Lab, rule| {
-            let cost = by_coordinator(bench, lab, at, rule)?;
-            at = 1 - at;
-            bench.say(&format!("hot {}/{turns}, {rule:?}: {cost:?}", index + 1));
-            anyhow::Ok(cost)
-        };
+        bench.say(&format!("hot {}/{turns}", index + 1));
+        // Each is before and after the others equally often, as far as the downtime must be known.
         let (intelligent, fixed) = if index % 2 == 0 {
-            let intelligent = moved(&lab, Rule::Intelligent)?;
-            (intelligent, moved(&lab, Rule::Static)?)
+            let intelligent = moved.go(Rule::Intelligent)?;
+            (intelligent, moved.go(Rule::Static)?)
         } else {
-            let fixed = moved(&lab, Rule::Static)?;
-            (moved(&lab, Rule::Intelligent)?, fixed)
+            let fixed = moved.go(Rule::Static)?;
+            (moved.go(Rule::Intelligent)?, fixed)
         };
-        let before = speeds_before(bench, &lab)?;
-        let hosts = [at, 1 - at].map(|host| lab.spec.hosts[host].clone());
         let limit = Duration::from_secs_f64(intelligent.downtime_ms / 1e3);
-        let sent = carried(&lab, at)?;
-        let by_itself = alone.migrate(&lab, [&hosts[0], &hosts[1]], limit)?;
-        let sent = carried(&lab, at)? - sent;
-        at = 1 - at;
-        let cost = cost(&before, sent, by_itself.begun, &by_itself.stood);
-        bench.say(&format!(
-            "hot {}/{turns}, QEMU alone, downtime-limit {limit:.0?}: {cost:?}, throttled {} %",
-            index + 1,
-            by_itself.throttled_percent
-        ));
+        let (told, alone) = if index % 2 == 0 {
+            let told = moved.go(Rule::Told(limit))?;
+            (told, moved.go(Rule::Alone(limit))?)
+        } else {
+            let alone = moved.go(Rule::Alone(limit))?;
+            (moved.go(Rule::Told(limit))?, alone)
+        };
         done.push(Turn {
             intelligent,
             fixed,
-            alone: cost,
-            throttled_percent: by_itself.throttled_percent,
+            told,
+            alone,
+            throttled_percent: moved.throttled_percent,
         });
     }
-    Ok(section(&done, &guests, link))
+    Ok(section(&done, &guests))
 }
 
-/// Ticks per second of each guest, left alone.
-fn speeds_before(bench: &Bench<'_>, lab: &Lab) -> Result<Vec<f64>> {
-    let begin = Micros::now();
-    bench
-        .interrupt
-        .sleep(if bench.quick { QUICK_BEFORE } else { BEFORE })?;
-    let speed = |guest: &GuestSpec| {
-        let gaps = lab.ticks.record_since(&guest.name, begin).gaps();
-        let gaps = gaps.with_context(|| format!("{} does not tick", guest.name))?;
-        Ok(gaps.hz)
-    };
-    lab.spec.guests.iter().map(speed).collect()
-}
-
-fn by_coordinator(bench: &Bench<'_>, lab: &Lab, from: usize, rule: Rule) -> Result<Cost> {
-    let mut app = lab.application(&lab.spec.hosts[from], &lab.spec.hosts[1 - from])?;
-    if rule == Rule::Static {
-        app.termination = Termination {
-            stall_rounds: NEVER_STALLED,
-            max_rounds: 30,
-            max_memory_factor: 3.0,
-            ..Termination::default()
+impl Guests<'_> {
+    /// Moves them to the other host.
+    fn go(&mut self, rule: Rule) -> Result<Cost> {
+        let before = self.speeds()?;
+        let sent = carried(&self.lab, self.at)?;
+        let (begun, stood) = match rule {
+            Rule::Alone(limit) => self.by_themselves(limit)?,
+            _ => self.by_coordinator(rule)?,
         };
+        let sent = carried(&self.lab, self.at)? - sent;
+        self.at = 1 - self.at;
+        let cost = cost(&before, sent, begun, &stood);
+        self.bench.say(&format!(
+            "  {rule:.0?}: {:.0} MiB, {:.2} s, downtime {:.0} ms, speed {:.2} %",
+            cost.sent_mib, cost.seconds, cost.downtime_ms, cost.speed_percent
+        ));
+        Ok(cost)
     }
-    let before = speeds_before(bench, lab)?;
-    let sent = carried(lab, from)?;
-    let moved = carry_out(lab, &app, Policy::Muster, bench.interrupt, None)?;
-    let sent = carried(lab, from)? - sent;
-    let ends = moved.report.vms.iter().map(|vm| {
-        let (rounds, held) = (vm.rounds.len(), vm.held_s);
-        let reason = vm.hold_reason;
-        format!("{} {rounds} rounds, {reason:?}, held {held:.2} s", vm.name)
-    });
-    bench.say(&format!("  {}", ends.collect::<Vec<_>>().join("; ")));
-    let histories = moved.report.vms.iter().flat_map(|vm| &vm.history);
-    let begun = histories.filter(|entry| entry.phase == Phase::Precopy);
-    let begun = begun.map(|entry| entry.at_us).min();
-    let begun = begun.and_then(|at_us| u64::try_from(at_us).ok());
-    let begun = Micros::from_unix_us(begun.context("pre-copy did not begin")?);
-    Ok(cost(&before, sent, begun, &moved.stood))
+
+    /// Ticks per second of each guest, left alone.
+    fn speeds(&self) -> Result<Vec<f64>> {
+        let begin = Micros::now();
+        let quick = self.bench.quick;
+        let time = if quick { QUICK_BEFORE } else { BEFORE };
+        self.bench.interrupt.sleep(time)?;
+        let speed = |guest: &GuestSpec| {
+            let gaps = self.lab.ticks.record_since(&guest.name, begin).gaps();
+            let gaps = gaps.with_context(|| format!("{} does not tick", guest.name))?;
+            Ok(gaps.hz)
+        };
+        self.lab.spec.guests.iter().map(speed).collect()
+    }
+
+    fn by_themselves(&mut self, limit: Duration) -> Result<(Micros, Vec<Stood>)> {
+        let hosts = &self.lab.spec.hosts;
+        let ends = [self.at, 1 - self.at].map(|host| hosts[host].as_str());
+        let moved = self.alone.migrate(&self.lab, ends, limit)?;
+        self.throttled_percent = moved.throttled_percent;
+        Ok((moved.begun, moved.stood))
+    }
+
+    fn by_coordinator(&self, rule: Rule) -> Result<(Micros, Vec<Stood>)> {
+        let hosts = &self.lab.spec.hosts;
+        let mut app = self.lab.application(&hosts[self.at], &hosts[1 - self.at])?;
+        match rule {
+            Rule::Static => {
+                app.termination = Termination {
+                    stall_rounds: NEVER_STALLED,
+                    max_rounds: 30,
+                    max_memory_factor: 3.0,
+                    ..Termination::default()
+                }
+            }
+            Rule::Told(limit) => app.max_downtime = limit,
+            Rule::Intelligent | Rule::Alone(_) => {}
+        }
+        let moved = carry_out(&self.lab, &app, Policy::Muster, self.bench.interrupt, None)?;
+        let ends = moved.report.vms.iter().map(|vm| {
+            let (rounds, held) = (vm.rounds.len(), vm.held_s);
+            let reason = vm.hold_reason;
+            format!("{} {rounds} rounds, {reason:?}, held {held:.2} s", vm.name)
+        });
+        let ends = ends.collect::<Vec<_>>().join("; ");
+        self.bench.say(&format!("  {ends}"));
+        let histories = moved.report.vms.iter().flat_map(|vm| &vm.history);
+        let begun = histories.filter(|entry| entry.phase == Phase::Precopy);
+        let begun = begun.map(|entry| entry.at_us).min();
+        let begun = begun.and_then(|at_us| u64::try_from(at_us).ok());
+        let begun = Micros::from_unix_us(begun.context("pre-copy did not begin")?);
+        Ok((begun, moved.stood))
+    }
 }
 
 fn cost(before: &[f64], sent_bytes: u64, begun: Micros, stood: &[Stood]) -> Cost {
@@ -193,14 +237,14 @@ fn cost(before: &[f64], sent_bytes: u64, begun: Micros, stood: &[Stood]) -> Cost
     }
 }
 
-fn section(done: &[Turn], guests: &[&str], link: &str) -> Section {
+fn section(done: &[Turn], guests: &[&str]) -> Section {
     let setup = format!(
-        "{} over {link}; {} turns of three moves each. Intelligent termination with its default \
+        "{} over {LINK}; {} turns of four moves each. Intelligent termination with its default \
          bounds, and the static rule (30 rounds, 3 times the memory) by the coordinator, with \
          max-downtime {MAX_DOWNTIME}, which none of them can keep, on-non-convergence = force and \
          horizon = 0s. QEMU by itself: the same QEMU without a capability of the series, three TCP \
          migrations at once, auto-converge, downtime-limit as that turn's intelligent termination \
-         had it. Bytes: what the source's host sent over the link. Time: from the begin of pre-copy \
+         had it; `told` is intelligent termination with the same as its max-downtime. Bytes: what the source's host sent over the link. Time: from the begin of pre-copy \
          to the last guest's first tick at the destination. Downtime: of the guest that stood \
          longest. Speed: ticks per second until the guest stopped against those before the move, \
          of the slowest guest.",
@@ -233,15 +277,21 @@ fn section(done: &[Turn], guests: &[&str], link: &str) -> Section {
             1.05,
         ),
         Figure::told(
+            "time, intelligent and told / QEMU alone with auto-converge",
+            "",
+            &of(&|turn| turn.told.seconds / turn.alone.seconds),
+        ),
+        Figure::told(
             "bytes, intelligent / QEMU alone",
             "",
             &of(&|turn| turn.intelligent.sent_mib / turn.alone.sent_mib),
         ),
     ];
     type Of = fn(&Turn) -> Cost;
-    let kinds: [(&str, Of); 3] = [
+    let kinds: [(&str, Of); 4] = [
         ("intelligent", |turn| turn.intelligent),
         ("static rule", |turn| turn.fixed),
+        ("told", |turn| turn.told),
         ("QEMU alone", |turn| turn.alone),
     ];
     type Value = fn(&Cost) -> f64;
