@@ -19,7 +19,7 @@ class Talking(Case):
     async def test_qemu_qmp_greets_and_negotiates(self):
         client = await self.client()
         version = client.qmp.greeting.QMP.version
-        self.assertEqual(version["muster"], {"major": 1, "minor": 1})
+        self.assertEqual(version["muster"], {"major": 1, "minor": 2})
         self.assertEqual(version["host"], "a")
         self.assertRegex(version["package"], r"^\d+\.\d+\.\d+$")
         self.assertIn("oob", client.qmp.greeting.QMP.capabilities)
@@ -39,8 +39,9 @@ class Talking(Case):
     async def test_queries(self):
         client = await self.client()
         status = await client.execute("query-status")
-        self.assertEqual(set(status), {"host", "version", "uptime_ms", "runs", "alarms"})
+        self.assertEqual(set(status), {"host", "version", "uptime_ms", "runs", "alarms", "measured"})
         self.assertEqual(([run for run in status["runs"] if not run["ended"]], status["alarms"]), ([], []))
+        self.assertEqual(status["measured"], [])
         host = await client.execute("query-host")
         self.assertEqual(
             set(host),
@@ -67,14 +68,34 @@ class Talking(Case):
     async def test_query_vm_stays_in_its_directories(self):
         raw = await self.raw()
         for name in ("../web", "/etc/passwd", "a/b", "", "x\u0000y"):
-            answer = await raw.ask({"execute": "query-vm", "arguments": {"vm": name}})
-            self.assert_error(answer, text="no name for a VM")
+            for command in ("query-vm", "dirty-start", "dirty-stop", "query-dirty"):
+                answer = await raw.ask({"execute": command, "arguments": {"vm": name}})
+                self.assert_error(answer, text="no name for a VM")
+
+    async def test_measurements_that_cannot_be(self):
+        raw = await self.raw()
+        for arguments, text in (
+            ({}, "not on this host"),
+            ({"interval_ms": 0}, "`interval_ms` is 50 to 60000"),
+            ({"interval_ms": 1 << 63}, "`interval_ms` is 50 to 60000"),
+            ({"interval_ms": -1}, "interval_ms|u64"),
+            ({"duration_ms": 0}, "`duration_ms` is 50 to 86400000"),
+            ({"delays_ms": [0]}, "`delays_ms` is 1 to 3600000"),
+            ({"delays_ms": [1] * 17}, "at most 16"),
+            ({"heat_cells": 1025}, "`heat_cells` is 0 to 1024"),
+            ({"cells": 1}, "unknown field"),
+        ):
+            answer = await raw.ask({"execute": "dirty-start", "arguments": {"vm": "db", **arguments}})
+            self.assert_error(answer)
+            self.assertRegex(answer["error"]["desc"], text)
+        self.assert_error(await raw.ask({"execute": "query-dirty", "arguments": {"vm": "db"}}), text="not being measured")
+        self.assertEqual(await raw.ask({"execute": "dirty-stop", "arguments": {"vm": "db"}}), {"return": {}})
 
     async def test_schema_lists_what_is_accepted(self):
         client, raw = await self.client(), await self.raw()
         schema = await client.execute("query-muster-schema")
         self.assertEqual(set(schema), {"protocol", "commands", "events"})
-        self.assertEqual(schema["protocol"], {"major": 1, "minor": 1})
+        self.assertEqual(schema["protocol"], {"major": 1, "minor": 2})
         commands = {command["name"]: command for command in schema["commands"]}
         self.assertEqual(len(commands), len(schema["commands"]), "a command is listed twice")
         self.assertEqual(set(commands), COMMANDS)

@@ -8,6 +8,7 @@ pub mod commit;
 pub mod config;
 pub mod daemon;
 pub mod direct;
+pub mod dirty;
 pub mod hold;
 pub mod migration;
 pub mod notes;

@@ -50,6 +50,13 @@ impl Rounds {
         &self.snapshot
     }
 
+    /// The sequence number of the export: while it stays, there is nothing to collect. Costs one
+    /// load.
+    #[must_use]
+    pub fn sequence(&self) -> u64 {
+        self.reader.sequence()
+    }
+
     /// The page of the row that block `index` begins with.
     #[must_use]
     pub fn first_page(&self, index: usize) -> u64 {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Daemon;
 use crate::protocol::codec::CommandError;
 use crate::protocol::command as c;
-use crate::protocol::event::Event;
+use crate::protocol::dirty::{AnyEvent, DirtyStartArgs, DirtyVmArgs};
 use crate::protocol::types::{HostInfo, VmEntry};
 
 impl Daemon {
@@ -37,6 +37,7 @@ impl Daemon {
                     "vms": vms,
                 }))
             }
+            c::Command::QueryDirty(args) => self.query_dirty(&args.vm),
             _ => {
                 let text = format!("`{}` is no query", command.name());
                 Err(CommandError::generic(text))
@@ -68,6 +69,7 @@ impl Daemon {
             "uptime_ms": crate::hold::millis(self.started.elapsed()),
             "runs": runs,
             "alarms": self.alarms,
+            "measured": self.measured_vms(),
         })
     }
 
@@ -185,7 +187,10 @@ fn schema() -> Value {
             command::<c::ReportIntervalArgs>("set-report-interval", false),
             command::<c::RecoverArgs>("recover", false),
             command::<c::RunArgs>("forget", false),
+            command::<DirtyStartArgs>("dirty-start", false),
+            command::<DirtyVmArgs>("dirty-stop", false),
+            command::<DirtyVmArgs>("query-dirty", false),
         ],
-        "events": schema_for!(Event),
+        "events": schema_for!(AnyEvent),
     })
 }

@@ -84,7 +84,7 @@ pub fn listen_unix(path: &Path) -> anyhow::Result<UnixListener> {
 
 type Answer = Result<Value, CommandError>;
 
-fn refuse<T>(text: impl Into<String>) -> Result<T, CommandError> {
+pub(super) fn refuse<T>(text: impl Into<String>) -> Result<T, CommandError> {
     Err(CommandError::generic(text))
 }
 
@@ -95,7 +95,7 @@ fn stale<T>(epoch: u64, newest: u64) -> Result<T, CommandError> {
 }
 
 /// A VM's name becomes part of paths.
-fn check_name(name: &str) -> Result<(), CommandError> {
+pub(super) fn check_name(name: &str) -> Result<(), CommandError> {
     if name.is_empty() || name.len() > 64 || name.contains(['/', '\0']) {
         return refuse(format!("`{name}` is no name for a VM"));
     }
@@ -204,6 +204,7 @@ impl Daemon {
         };
         client.socket.deregister(self.poll.registry());
         self.slots.remove(&Token(id));
+        self.end_measurements_of(id);
         for entry in self
             .runs
             .values_mut()
@@ -238,13 +239,18 @@ impl Daemon {
     }
 
     pub(super) fn answer(&mut self, asker: Asker, result: &Answer) {
-        if let Some(client) = self.clients.get_mut(&asker.client) {
-            client.output.extend(answer_line(asker.id.as_ref(), result));
-            self.flush_client(asker.client);
+        self.tell_client(asker.client, &answer_line(asker.id.as_ref(), result));
+    }
+
+    /// Sends a line to one client.
+    pub(super) fn tell_client(&mut self, id: usize, line: &[u8]) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.output.extend(line);
+            self.flush_client(id);
         }
         // One that takes no answers gets no further turn of its own to be dropped in.
-        if self.clients.get(&asker.client).is_some_and(|c| c.closed) {
-            self.eager_clients.push(asker.client);
+        if self.clients.get(&id).is_some_and(|c| c.closed) {
+            self.eager_clients.push(id);
         }
     }
 
@@ -313,7 +319,9 @@ impl Daemon {
                         args.vm
                     )));
                 }
-                self.start_probe(now, args.vm, asker);
+                if let Some(asker) = self.probe_measured(now, &args.vm, asker) {
+                    self.start_probe(now, args.vm, asker);
+                }
                 return None;
             }
             command => return Some(self.command(now, client, command)),
@@ -343,7 +351,7 @@ impl Daemon {
         Ok(Job::Decide(asker, args.run, key, args.value))
     }
 
-    fn run_of(&self, vm: &str) -> Option<Uuid> {
+    pub(super) fn run_of(&self, vm: &str) -> Option<Uuid> {
         let has = |entry: &Entry| {
             !entry.run.has_ended()
                 && entry
@@ -381,9 +389,11 @@ impl Daemon {
     }
 
     fn command(&mut self, now: Now, client: usize, command: Command) -> Answer {
-        if let Command::Prepare(args) = command {
-            return self.prepare(now, client, &args);
-        }
+        let command = match command {
+            Command::Prepare(args) => return self.prepare(now, client, &args),
+            Command::DirtyStart(args) => return self.dirty_start(now, client, args),
+            command => command,
+        };
         if let Some(args) = command.run() {
             self.check_epoch(now, client, args.run, args.epoch)?;
         }
@@ -462,6 +472,7 @@ impl Daemon {
             }
             Command::KeepAlive(_) => Ok(json!({})),
             Command::Recover(args) => self.recover(&args),
+            Command::DirtyStop(args) => self.dirty_stop(now, &args.vm),
             query => self.query(&query),
         }
     }
@@ -611,6 +622,7 @@ impl Daemon {
         vm: &PrepareVm,
         settings: Settings,
     ) -> Result<bool, CommandError> {
+        self.yield_monitor(now, &vm.vm);
         let qmp = self.config.qmp_path(&vm.vm);
         let incoming = self.incoming_path(&vm.vm);
         let adopt = self.config.vm(&vm.vm).is_some_and(|config| config.adopt);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -382,20 +382,6 @@ impl Daemon {
 
     /// Writes what the machines of a run have for their monitors.
     pub(super) fn flush_monitors(&mut self, _now: Now, run: Uuid) {
-        fn flush<T>(socket: &mut Socket, qmp: &mut QmpClient<T>, stream: Option<&Stream>) {
-            while !qmp.output().is_empty() {
-                // Without the socket, cut meanwhile, QEMU refuses the command.
-                let moved = match stream.filter(|_| qmp.carries_descriptor()) {
-                    Some(stream) => send_with_descriptor(socket, qmp.output(), &stream.socket),
-                    None => write_some(socket, qmp.output()),
-                };
-                match moved {
-                    Moved::Bytes(n) => qmp.written(n),
-                    // A broken monitor shows itself when it is read.
-                    Moved::Blocked | Moved::End | Moved::Broken(_) => return,
-                }
-            }
-        }
         let Some(entry) = self.runs.get_mut(&run) else {
             return;
         };
@@ -403,16 +389,16 @@ impl Daemon {
             let Some((_, socket)) = &mut io.qmp else {
                 continue;
             };
-            let stream = io.direct.stream.as_ref();
+            let stream = io.direct.stream.as_ref().map(|s| s.socket.as_fd());
             match half {
                 VmHalf::Source(source) => {
                     if let Some(qmp) = &mut source.qmp {
-                        flush(socket, qmp, stream);
+                        flush_monitor(socket, qmp, stream);
                     }
                 }
                 VmHalf::Destination(destination) => {
                     if let Some(qmp) = &mut destination.qmp {
-                        flush(socket, qmp, stream);
+                        flush_monitor(socket, qmp, stream);
                     }
                 }
             }
@@ -611,6 +597,42 @@ impl Daemon {
     }
 }
 
+/// Writes what a client has for its monitor, with the descriptor where one belongs.
+pub(super) fn flush_monitor<T>(
+    socket: &mut Socket,
+    qmp: &mut QmpClient<T>,
+    descriptor: Option<BorrowedFd>,
+) {
+    while !qmp.output().is_empty() {
+        // Without the descriptor, closed meanwhile, QEMU refuses the command.
+        let moved = match descriptor.filter(|_| qmp.carries_descriptor()) {
+            Some(descriptor) => send_with_descriptor(socket, qmp.output(), &descriptor),
+            None => write_some(socket, qmp.output()),
+        };
+        match moved {
+            Moved::Bytes(n) => qmp.written(n),
+            // A broken monitor shows itself when it is read.
+            Moved::Blocked | Moved::End | Moved::Broken(_) => return,
+        }
+    }
+}
+
+/// What `query-vm` says of a QEMU.
+pub(super) fn vm_info(vm: &str, identity: &Identity) -> VmInfo {
+    VmInfo {
+        vm: vm.to_owned(),
+        uuid: identity.uuid,
+        status: identity.status.clone(),
+        memory_bytes: identity.memory_bytes,
+        machine: identity.machine.clone(),
+        qemu_version: identity.version.clone(),
+        kvm: identity.kvm,
+        can_hold: identity.has_capability("switchover-ack")
+            || identity.build() == QemuBuild::Patched,
+        qemu_build: identity.build(),
+    }
+}
+
 /// Where a source's QEMU connects with its stream.
 pub(super) fn outgoing_path(runtime_dir: &std::path::Path, vm: &str) -> PathBuf {
     runtime_dir.join(format!("{vm}.out"))
@@ -681,7 +703,7 @@ impl Probe {
                     result: Ok(value),
                 })) => {
                     if self.identity.answer(tag, &value) {
-                        return Some(Ok(json!(self.info())));
+                        return Some(Ok(json!(vm_info(&self.vm, &self.identity))));
                     }
                 }
                 Ok(Some(QmpMessage::Reply {
@@ -701,20 +723,5 @@ impl Probe {
             }
         }
         closed.map(|error| Err(format!("VM `{}`: its monitor closed: {error}", self.vm)))
-    }
-
-    fn info(&self) -> VmInfo {
-        VmInfo {
-            vm: self.vm.clone(),
-            uuid: self.identity.uuid,
-            status: self.identity.status.clone(),
-            memory_bytes: self.identity.memory_bytes,
-            machine: self.identity.machine.clone(),
-            qemu_version: self.identity.version.clone(),
-            kvm: self.identity.kvm,
-            can_hold: self.identity.has_capability("switchover-ack")
-                || self.identity.build() == QemuBuild::Patched,
-            qemu_build: self.identity.build(),
-        }
     }
 }

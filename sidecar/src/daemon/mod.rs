@@ -9,17 +9,20 @@
 //! - `control`: clients and their commands; `answers` what queries return.
 //! - `halves`: monitors and processes of the VMs in runs.
 //! - `link`: asking another sidecar's register.
+//! - `dirty`: measurements of VMs; `scanner` reads their logs on a thread of its own.
 
 mod answers;
 mod channel;
 mod control;
 mod direct;
 mod direct_pace;
+mod dirty;
 mod halves;
 mod link;
 mod net;
 mod process;
 mod programs;
+mod scanner;
 mod storage;
 mod streams;
 mod tcp;
@@ -29,6 +32,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -47,10 +51,12 @@ use crate::protocol::event::Event;
 use crate::run::{Ask, Run, RunOutput};
 use channel::{Channel, HalfKey};
 use control::Client;
+use dirty::Measuring;
 use halves::{HalfIo, Probe};
 use link::Link;
 use process::Process;
 use programs::Programs;
+use scanner::Scanner;
 use storage::{Done, Job, Storage};
 
 /// What a poll token stands for.
@@ -70,6 +76,7 @@ enum Slot {
     Companion(HalfKey),
     Link(Uuid),
     Probe,
+    Measurement,
 }
 
 /// A run with its surroundings.
@@ -111,6 +118,8 @@ pub struct Daemon {
     direct_at: Option<Instant>,
     links: HashMap<Uuid, Link>,
     probes: HashMap<usize, Probe>,
+    measurements: HashMap<usize, Measuring>,
+    scanner: Scanner,
     alarms: Vec<String>,
     /// QEMUs of runs that are over, with their monitors' paths.
     children: Vec<(Process, std::path::PathBuf)>,
@@ -173,7 +182,9 @@ impl Daemon {
         let lock = lock_state(&config.state_dir)?;
         let poll = Poll::new().context("epoll")?;
         let waker = Waker::new(poll.registry(), Token(1)).context("eventfd")?;
-        let storage = Storage::start(&config.state_dir, waker)?;
+        let waker = Arc::new(waker);
+        let storage = Storage::start(&config.state_dir, Arc::clone(&waker))?;
+        let scanner = Scanner::start(waker).context("the scanner's thread")?;
         let control_tcp = match config.control.tcp {
             Some(address) => Some(TcpListener::bind(address).with_context(|| {
                 format!("the control address {address} cannot be used (is the port taken?)")
@@ -216,6 +227,8 @@ impl Daemon {
             direct_at: None,
             links: HashMap::new(),
             probes: HashMap::new(),
+            measurements: HashMap::new(),
+            scanner,
             alarms: Vec::new(),
             children: Vec::new(),
             measured_at: None,
@@ -290,6 +303,7 @@ impl Daemon {
                 let slot = self.slots.get(&event.token()).copied();
                 match slot {
                     Some(Slot::Signals) => {
+                        self.end_all_measurements();
                         let _ = std::fs::remove_file(&self.config.control.unix);
                         log("ended by a signal; guests run on");
                         return Ok(());
@@ -308,6 +322,7 @@ impl Daemon {
                 for done in self.storage.take_done() {
                     self.stored(now, done);
                 }
+                self.take_looks(now);
             }
             Slot::ControlUnix | Slot::ControlTcp => self.accept_clients(slot),
             Slot::Streams => self.accept_streams(now),
@@ -325,6 +340,7 @@ impl Daemon {
             Slot::Companion(key) => self.serve_companion(now, key),
             Slot::Link(run) => self.serve_link(now, run),
             Slot::Probe => self.serve_probe(now, token.0),
+            Slot::Measurement => self.serve_measurement(now, token.0),
         }
     }
 
@@ -368,6 +384,7 @@ impl Daemon {
             }
         }
         self.drop_overdue_probes(now);
+        self.tend_measurements(now);
         self.apply_scheduled(now);
         self.tend_direct(now);
         self.measure(now);
@@ -552,10 +569,12 @@ impl Daemon {
             .values()
             .flat_map(|entry| entry.scheduled.iter().map(|(at, _)| *at));
         let probes = self.probes.values().map(|probe| probe.by);
+        let measurements = self.measurements.values().filter_map(Measuring::deadline);
         let next = runs
             .chain(channels)
             .chain(scheduled)
             .chain(probes)
+            .chain(measurements)
             .chain(self.pace_at)
             .chain(self.direct_at)
             .min();

@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
@@ -80,7 +81,7 @@ impl Storage {
     ///
     /// # Errors
     /// The register cannot be opened, or no thread be started.
-    pub fn start(state_dir: &std::path::Path, waker: Waker) -> anyhow::Result<Self> {
+    pub fn start(state_dir: &std::path::Path, waker: Arc<Waker>) -> anyhow::Result<Self> {
         let mut register = FileRegister::open(state_dir.join("register"))?;
         register.expire(RECORDS_KEPT)?;
         let notes_dir = state_dir.join("runs");

@@ -3,10 +3,10 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use uuid::Uuid;
 
 use super::command::{Command, RunArgs};
-use super::event::{Envelope, Event};
+use super::dirty::DirtyEvent;
+use super::event::Envelope;
 
 /// Longest line accepted from a control client.
 pub const MAX_LINE_BYTES: usize = 256 * 1024;
@@ -166,6 +166,9 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "set-report-interval" => with!(SetReportInterval),
         "recover" => with!(Recover),
         "forget" => with!(Forget),
+        "dirty-start" => with!(DirtyStart),
+        "dirty-stop" => with!(DirtyStop),
+        "query-dirty" => with!(QueryDirty),
         _ => {
             let desc = format!("the command `{name}` is not known; see query-muster-schema");
             return Err(CommandError::not_found(desc));
@@ -206,6 +209,9 @@ impl Command {
             Self::SetReportInterval(_) => "set-report-interval",
             Self::Recover(_) => "recover",
             Self::Forget(_) => "forget",
+            Self::DirtyStart(_) => "dirty-start",
+            Self::DirtyStop(_) => "dirty-stop",
+            Self::QueryDirty(_) => "query-dirty",
         }
     }
 
@@ -271,6 +277,8 @@ impl Command {
             Self::Throttle(a) => value(a),
             Self::SetReportInterval(a) => value(a),
             Self::Recover(a) => value(a),
+            Self::DirtyStart(a) => value(a),
+            Self::DirtyStop(a) | Self::QueryDirty(a) => value(a),
         }
     }
 
@@ -335,9 +343,19 @@ pub fn event_line(envelope: &Envelope) -> Vec<u8> {
     let mut value = serde_json::to_value(&envelope.event).unwrap_or(Value::Null);
     value["data"]["run"] = json!(envelope.run);
     value["data"]["seq"] = json!(envelope.seq);
+    stamped_line(value, envelope.at_us)
+}
+
+/// An event of a measurement, as a line.
+#[must_use]
+pub fn dirty_event_line(event: &DirtyEvent, at_us: i64) -> Vec<u8> {
+    stamped_line(serde_json::to_value(event).unwrap_or(Value::Null), at_us)
+}
+
+fn stamped_line(mut value: Value, at_us: i64) -> Vec<u8> {
     value["timestamp"] = json!({
-        "seconds": envelope.at_us.div_euclid(1_000_000),
-        "microseconds": envelope.at_us.rem_euclid(1_000_000),
+        "seconds": at_us.div_euclid(1_000_000),
+        "microseconds": at_us.rem_euclid(1_000_000),
     });
     line(&value)
 }
@@ -363,6 +381,13 @@ pub enum ServerMessage {
     },
     /// An event.
     Event(Box<Envelope>),
+    /// An event of a measurement.
+    Dirty {
+        /// The event.
+        event: Box<DirtyEvent>,
+        /// Unix time in microseconds.
+        at_us: i64,
+    },
 }
 
 /// Reads one line from a sidecar. `None`: an event or message of a newer minor version.
@@ -406,28 +431,28 @@ pub fn read_server_message(line: &[u8]) -> Result<Option<ServerMessage>, Command
         let result = Err(CommandError { class, desc });
         return Ok(Some(ServerMessage::Answer { id, result }));
     }
-    Ok(read_event(value).map(|envelope| ServerMessage::Event(Box::new(envelope))))
+    Ok(read_event(value))
 }
 
-fn read_event(mut value: Value) -> Option<Envelope> {
+fn read_event(mut value: Value) -> Option<ServerMessage> {
     let stamp = &value["timestamp"];
     let seconds = stamp["seconds"].as_i64()?;
     let micros = stamp["microseconds"].as_i64()?;
     let at_us = seconds.checked_mul(1_000_000)?.checked_add(micros)?;
     let data = value.get_mut("data")?.as_object_mut()?;
-    let run: Uuid = serde_json::from_value(data.remove("run")?).ok()?;
-    let seq = data.remove("seq")?.as_u64()?;
-    let event: Event = serde_json::from_value(json!({
-        "event": value["event"],
-        "data": value["data"],
-    }))
-    .ok()?;
-    Some(Envelope {
-        run,
-        seq,
+    let run = data.remove("run");
+    let seq = data.remove("seq");
+    let event = json!({ "event": value["event"], "data": value["data"] });
+    let Some(run) = run else {
+        let event = serde_json::from_value(event).ok()?;
+        return Some(ServerMessage::Dirty { event, at_us });
+    };
+    Some(ServerMessage::Event(Box::new(Envelope {
+        run: serde_json::from_value(run).ok()?,
+        seq: seq?.as_u64()?,
         at_us,
-        event,
-    })
+        event: serde_json::from_value(event).ok()?,
+    })))
 }
 
 #[cfg(test)]
@@ -436,6 +461,10 @@ mod tests {
 
     use super::*;
     use crate::protocol::lines::LineBuffer;
+    use uuid::Uuid;
+
+    use crate::protocol::dirty::{DirtyEnd, DirtyVmArgs};
+    use crate::protocol::event::Event;
     use crate::protocol::types::{Role, RoundReport};
 
     #[test]
@@ -448,6 +477,7 @@ mod tests {
             Command::Abort(at),
             Command::KeepAlive(at),
             Command::QueryRun(super::super::command::QueryRunArgs { run }),
+            Command::DirtyStop(DirtyVmArgs { vm: "db".into() }),
         ] {
             let mut text = command.to_line(9);
             text.pop();
@@ -487,6 +517,22 @@ mod tests {
             let message = read_server_message(&text);
             assert_eq!(message, Ok(Some(ServerMessage::Event(Box::new(envelope)))));
         }
+    }
+
+    #[test]
+    fn events_of_measurements_belong_to_no_run() {
+        let event = DirtyEvent::DirtyEnded {
+            vm: "db".into(),
+            reason: DirtyEnd::Migration,
+            error: None,
+        };
+        let mut text = dirty_event_line(&event, 1_500_000);
+        text.pop();
+        let expected = ServerMessage::Dirty {
+            event: Box::new(event),
+            at_us: 1_500_000,
+        };
+        assert_eq!(read_server_message(&text), Ok(Some(expected)));
     }
 
     #[test]

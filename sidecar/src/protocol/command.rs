@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::dirty::{DirtyStartArgs, DirtyVmArgs};
 use super::types::{RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
@@ -335,4 +336,10 @@ pub enum Command {
     Recover(RecoverArgs),
     /// `forget`: the run is over everywhere; its records here go.
     Forget(RunArgs),
+    /// `dirty-start`: begins to measure how a VM dirties its memory.
+    DirtyStart(DirtyStartArgs),
+    /// `dirty-stop`: ends a measurement.
+    DirtyStop(DirtyVmArgs),
+    /// `query-dirty`: [`super::dirty::DirtyState`].
+    QueryDirty(DirtyVmArgs),
 }

@@ -18,10 +18,12 @@
 //! - [`codec`]: what stands on them.
 //! - [`command`]: the commands and their arguments.
 //! - [`event`]: the events and the reports in them.
+//! - [`dirty`]: measurements of a VM's dirty pages, commands and events.
 //! - [`types`]: what both share.
 
 pub mod codec;
 pub mod command;
+pub mod dirty;
 pub mod event;
 pub mod lines;
 pub mod types;
@@ -29,4 +31,4 @@ pub mod types;
 /// Major version of the protocol: peers with another one refuse each other.
 pub const PROTOCOL_MAJOR: u32 = 1;
 /// Minor version of the protocol: additions only.
-pub const PROTOCOL_MINOR: u32 = 1;
+pub const PROTOCOL_MINOR: u32 = 2;
