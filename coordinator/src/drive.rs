@@ -227,6 +227,8 @@ impl Drive<'_, '_> {
                 self.conductor
                     .handle_lost(self.now(), host, &error.to_string());
             }
+            // A move begins no measurement.
+            Message::Dirty { .. } => {}
             Message::Connected { .. } => self.conductor.handle_connected(self.now(), host),
         }
     }

@@ -15,9 +15,10 @@
 //! - [`engine`]: the state machine of one group's move; the protocol's client side.
 //! - [`conductor`]: several groups, and what happens when a later one fails.
 //! - [`drive`]: [`run`], which carries a move out.
-//! - [`observer`]: watching it; [`live`]: on a terminal.
+//! - [`observer`]: watching it; [`live`]: on a terminal; [`screen`]: that.
 //! - [`preflight`], [`status`], [`operate`]: `muster check`, `status`, `abort`, `recover`.
 //! - [`scheduler`]: predicts, allocates, groups, orders; simulates.
+//! - [`dirty`]: `muster dirty`, how a VM dirties its memory.
 //! - [`report`]: what a move did; table, picture.
 
 #![forbid(unsafe_code)]
@@ -26,6 +27,7 @@ pub mod application;
 pub mod capacity;
 pub mod client;
 pub mod conductor;
+pub mod dirty;
 pub mod drive;
 pub mod engine;
 pub mod live;
@@ -35,6 +37,7 @@ pub mod policy;
 pub mod preflight;
 pub mod report;
 pub mod scheduler;
+pub mod screen;
 pub mod status;
 
 pub use application::Application;

@@ -1,106 +1,69 @@
 //! Live progress: redrawn in place on a terminal, plain lines elsewhere.
 
-use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use crate::engine::{Step, VmProgress};
 use crate::observer::{GroupName, Observer, Progress};
+use crate::screen::Screen;
 use rate_limiter::{Bytes, BytesPerSecond};
 
 /// Without a terminal, VMs are reported this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Shows a move as it goes.
+#[derive(Debug)]
 pub struct Live {
-    out: Box<dyn Write>,
-    terminal: bool,
-    drawn: usize,
+    screen: Screen,
     last: Option<Progress>,
     next_plain: Duration,
-}
-
-impl std::fmt::Debug for Live {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Live")
-            .field("terminal", &self.terminal)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Live {
     /// Writes to standard output, or to standard error where that carries JSON.
     #[must_use]
     pub fn new(to_stderr: bool) -> Self {
-        let (out, terminal): (Box<dyn Write>, bool) = if to_stderr {
-            (Box::new(std::io::stderr()), std::io::stderr().is_terminal())
-        } else {
-            (Box::new(std::io::stdout()), std::io::stdout().is_terminal())
-        };
         Self {
-            out,
-            terminal,
-            drawn: 0,
+            screen: Screen::new(to_stderr),
             last: None,
             next_plain: Duration::ZERO,
         }
     }
 
-    fn put(&mut self, text: &str) {
-        // The display may go away; the move goes on.
-        let _ = self.out.write_all(text.as_bytes());
-        let _ = self.out.flush();
-    }
-
-    fn wipe(&mut self) {
-        if self.drawn > 0 {
-            let up = format!("\x1b[{}A\x1b[J", self.drawn);
-            self.put(&up);
-            self.drawn = 0;
-        }
-    }
-
     fn draw(&mut self) {
         if let Some(progress) = &self.last {
-            let lines = lines(progress);
-            self.drawn = lines.len();
-            let text = lines.join("\n") + "\n";
-            self.put(&text);
+            self.screen.draw(&lines(progress));
         }
     }
 
     /// Leaves the last state on the screen.
     pub fn finish(&mut self) {
-        if self.terminal {
-            self.wipe();
+        if self.screen.is_terminal() {
             self.draw();
-            self.drawn = 0;
+            self.screen.keep();
         }
     }
 }
 
 impl Observer for Live {
     fn step(&mut self, group: &GroupName, step: &Step) {
-        if self.terminal {
-            self.wipe();
-        }
+        self.screen.wipe();
         let line = format!("{}: {step}\n", group.vms.join(", "));
-        self.put(&line);
-        if self.terminal {
+        self.screen.put(&line);
+        if self.screen.is_terminal() {
             self.draw();
         }
     }
 
     fn progress(&mut self, progress: &Progress) {
         self.last = Some(progress.clone());
-        if self.terminal {
-            self.wipe();
+        if self.screen.is_terminal() {
             self.draw();
         } else if progress.elapsed >= self.next_plain {
             self.next_plain = progress.elapsed + PLAIN_INTERVAL;
             let moving = progress.vms.iter().filter(|vm| vm.phase.is_some());
             let text: Vec<String> = moving.map(|vm| plain(progress.elapsed, vm)).collect();
             if !text.is_empty() {
-                self.put(&(text.join("\n") + "\n"));
+                self.screen.put(&(text.join("\n") + "\n"));
             }
         }
     }

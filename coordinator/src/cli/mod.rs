@@ -1,5 +1,6 @@
 //! The command line: arguments, exit codes, and the small commands.
 
+mod dirty;
 mod show;
 mod signals;
 
@@ -95,6 +96,8 @@ enum Action {
         )]
         value: Value,
     },
+    /// Shows how a VM dirties its memory: dirty rate, working set, heat map.
+    Dirty(dirty::Args),
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -155,6 +158,7 @@ fn act(action: Action) -> anyhow::Result<u8> {
             let wish = fenced.map_or(Wish::Settle, |host| Wish::Fenced { host, value });
             settle(&file, run, &wish)
         }
+        Action::Dirty(args) => dirty::run(args),
     }
 }
 
@@ -205,7 +209,7 @@ fn run(
         policy,
         ..RunOptions::default()
     };
-    signals::watch(&options.interrupt).context("cannot watch for signals")?;
+    signals::watch(&options.interrupt, signals::MOVE).context("cannot watch for signals")?;
     let mut live = coordinator::live::Live::new(json == Some(Path::new("-")));
     let report = coordinator::run(&app, &options, &mut live)?;
     live.finish();

@@ -242,6 +242,9 @@ impl Line {
                 };
                 let message = match message {
                     Ok(Some(ServerMessage::Event(envelope))) => Message::Event(envelope),
+                    Ok(Some(ServerMessage::Dirty { event, at_us })) => {
+                        Message::Dirty { event, at_us }
+                    }
                     Ok(Some(ServerMessage::Answer {
                         id: Some(id),
                         result,

@@ -15,6 +15,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, unbounded};
 use serde_json::Value;
 use sidecar::protocol::codec::CommandError;
 use sidecar::protocol::command::Command;
+use sidecar::protocol::dirty::DirtyEvent;
 use sidecar::protocol::event::Envelope;
 
 use crate::application::{Application, ControlAddress, HostId};
@@ -78,6 +79,13 @@ pub enum Message {
     },
     /// An event.
     Event(Box<Envelope>),
+    /// An event of a measurement that was begun on this connection.
+    Dirty {
+        /// The event.
+        event: Box<DirtyEvent>,
+        /// Unix time in microseconds.
+        at_us: i64,
+    },
 }
 
 /// Connections to all hosts that take part.

@@ -6,6 +6,7 @@ mod direct;
 mod dirty_log;
 mod groups;
 mod guests;
+mod measure;
 mod moves;
 mod network;
 
@@ -44,6 +45,8 @@ pub const GUEST_CASES: &[(&str, GuestCase)] = &[
     ("a_stream_goes_direct_without_a_hold", direct::without_hold),
     ("a_direct_stream_keeps_its_pace", direct::paced),
     ("a_patched_qemu_holds_a_direct_stream", direct::with_hold),
+    ("the_dirtying_of_a_vm_is_measured", measure::figures),
+    ("a_measurement_yields_to_a_move", measure::yields),
 ];
 
 /// Guests that dirty memory faster than it is sent. Under TCG QEMU's dirty tracking has a fault
@@ -97,6 +100,7 @@ pub const COMMAND_CASES: &[(&str, OtherCase)] = &[
         commands::interrupted,
     ),
     ("abort_from_outside_rolls_back", commands::aborted),
+    ("a_measurement_leaves_nothing_behind", measure::misuse),
 ];
 
 pub const LIMIT: Duration = Duration::from_secs(20);
