@@ -116,6 +116,8 @@ pub struct Measurement {
     state: State,
     /// QEMU was told to export.
     exported: bool,
+    /// QEMU calculates a rate that was asked for before.
+    busy: bool,
     /// Whether QEMU can export, and does; once it has answered.
     export: Option<Option<String>>,
     identity: Identity,
@@ -152,6 +154,7 @@ impl Measurement {
             qmp: QmpClient::new(now.mono),
             state: State::Starting,
             exported: false,
+            busy: false,
             export: None,
             identity: Identity::default(),
             identified: false,
@@ -396,7 +399,7 @@ impl Measurement {
                 self.fail(now, error);
             }
             State::Calculating { by, .. } if is_due(by) => {
-                let error = "QEMU does not finish `calc-dirty-rate`".to_owned();
+                let error = "QEMU does not finish `calc-dirty-rate`: try again later".to_owned();
                 self.fail(now, error);
             }
             State::Calculating {

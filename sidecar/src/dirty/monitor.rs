@@ -10,6 +10,8 @@ use crate::qmp::QmpMessage;
 
 /// `calc-dirty-rate` counts in these.
 const MIB: u64 = 1 << 20;
+/// In what `calc-dirty-rate` says while another one runs (QEMU migration/dirtyrate.c).
+const BUSY: &str = "already being measured";
 /// What is missing, and how to get it.
 const RATE_ONLY: &str = "this QEMU does not export its dirty log (`make qemu` builds one that does): \
      only the dirty rate can be measured, in steps of 1 MiB/s";
@@ -83,6 +85,15 @@ impl Measurement {
             Tag::StopStale => self.open_log(),
             // It was never started, or has ended by itself.
             Tag::Stop => self.finish(),
+            // A measurement before this one has left its last calculation behind.
+            Tag::Calculate if error.contains(BUSY) && self.source.is_none() => {
+                self.busy = true;
+                self.state = State::Calculating {
+                    bitmap: self.counts_bitmap(),
+                    look: Some(now.mono + LOOK_AGAIN),
+                    by: now.mono + LATE,
+                };
+            }
             Tag::Calculate if self.counts_bitmap() && self.source.is_none() => {
                 self.calculate(now, false);
             }
@@ -213,6 +224,10 @@ impl Measurement {
         };
         let rate = value["dirty-rate"].as_u64();
         match (value["status"].as_str(), rate) {
+            (Some("measured"), _) if self.busy => {
+                self.busy = false;
+                self.calculate(now, bitmap);
+            }
             (Some("measured"), Some(rate)) => {
                 self.calculated(rate.saturating_mul(MIB));
                 self.calculate(now, bitmap);

@@ -33,6 +33,8 @@ struct World {
     migration: &'static str,
     /// Commands that are refused.
     refused: Vec<&'static str>,
+    /// What is said then.
+    why: &'static str,
     /// Commands that are never answered.
     mute: Vec<&'static str>,
     /// Commands that came, with their arguments; questions of an identification are left out.
@@ -53,6 +55,7 @@ impl World {
             version: [10, 0],
             migration: "none",
             refused: vec![],
+            why: "no",
             mute: vec![],
             log: vec![],
             outputs: vec![],
@@ -121,7 +124,7 @@ impl World {
         let unknown = name.contains("dirty-log-export") && self.export.is_none();
         let id = &command["id"];
         if unknown || self.refused.contains(&&*name) {
-            self.say(&json!({"error": {"class": "GenericError", "desc": "no"}, "id": id}));
+            self.say(&json!({"error": {"class": "GenericError", "desc": self.why}, "id": id}));
         } else {
             self.say(&json!({"return": value, "id": id}));
         }
@@ -273,6 +276,22 @@ fn stock_qemu_tells_its_rate_again_and_again() {
     world.end(DirtyEnd::Stopped);
     assert_eq!(world.commands().len(), 4);
     assert_eq!(world.ended().0, DirtyEnd::Stopped);
+}
+
+#[test]
+fn a_calculation_that_was_left_behind_is_waited_for() {
+    let mut world = World::new(None);
+    world.refused = vec!["calc-dirty-rate"];
+    world.why = "the dirty rate is already being measured.";
+    world.greet();
+    assert_eq!(world.commands(), ["calc-dirty-rate"]);
+    world.refused.clear();
+    world.wait(Duration::from_millis(50));
+    assert_eq!(world.commands(), ["calc-dirty-rate"; 2]);
+    assert_eq!(world.rounds().len(), 0);
+    world.wait(Duration::from_millis(500));
+    assert_eq!(world.rounds().len(), 1);
+    assert_eq!(world.log[2].1["mode"], "dirty-bitmap");
 }
 
 #[test]
