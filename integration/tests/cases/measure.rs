@@ -5,13 +5,16 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use coordinator::application::Policy;
+use coordinator::application::{ControlAddress, HostId, Policy};
+use coordinator::client::Client;
 use coordinator::engine::Step;
 use coordinator::observer::{GroupName, Nobody, Observer};
 use coordinator::report::Outcome;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use sidecar::protocol::command::Command as Ask;
+use sidecar::protocol::dirty::DirtyVmArgs;
 use sidecar::protocol::types::QemuBuild;
 use testbed::clock::Micros;
 use testbed::guest::PAGE;
@@ -374,6 +377,21 @@ pub fn misuse() -> Result<()> {
 /// Waits until the VM is measured no more; whether QEMU still exports then.
 fn free(lab: &Lab, exported: bool) -> Result<()> {
     let by = Instant::now() + LIMIT;
+    let address = ControlAddress::Unix(lab.control("a"));
+    let client = Client::connect_to([(HostId(0), address)]);
+    for (_, connected) in client.wait_connected(LIMIT) {
+        connected?;
+    }
+    let vm = "db".to_owned();
+    let query = [(HostId(0), Ask::QueryDirty(DirtyVmArgs { vm }))];
+    loop {
+        match client.ask(&query, LIMIT).pop().context("no answer")? {
+            Err(error) if error.to_string().contains("not being measured") => break,
+            Err(error) => bail!("{error}"),
+            Ok(_) => ensure!(Instant::now() < by, "still being measured"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     if !is_patched()? {
         return Ok(());
     }
