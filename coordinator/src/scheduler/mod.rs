@@ -4,3 +4,4 @@ pub mod bandwidth;
 pub mod fluid;
 pub mod phases;
 pub mod predict;
+pub mod schedule;
