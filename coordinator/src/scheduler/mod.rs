@@ -2,6 +2,9 @@
 
 pub mod bandwidth;
 pub mod fluid;
+pub mod group;
+pub mod impact;
+pub mod order;
 pub mod phases;
 pub mod predict;
 pub mod schedule;

@@ -9,7 +9,11 @@
 //! and the links and network interfaces that only some of the VMs cross. [`by_start`] is COMMA's
 //! order, [`best_order`] the best of all orders for small groups.
 
+mod limits;
+
 use std::cmp::Ordering;
+
+pub use limits::{Cut, Limits, ROUNDING};
 
 /// Groups up to this size have every order tried by [`best_order`].
 pub const ALL_ORDERS_UP_TO: usize = 6;
@@ -24,55 +28,6 @@ pub struct Load {
     /// Mean dirty rate while it is sent, in bytes per second; at most `max_dirty_rate`.
     pub dirty_rate: f64,
 }
-
-/// A place that only some of the VMs pass through, such as a network interface.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Cut {
-    /// Its rate, in bytes per second.
-    pub rate: f64,
-    /// Which VMs cross it, by their index.
-    pub crossed_by: Vec<bool>,
-}
-
-/// Everything that limits a set of VMs.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Limits {
-    /// What all of them share, in bytes per second.
-    pub bandwidth: f64,
-    /// Narrower places.
-    pub cuts: Vec<Cut>,
-}
-
-impl Limits {
-    /// One link, crossed by all.
-    #[must_use]
-    pub fn link(bandwidth: f64) -> Self {
-        Self {
-            bandwidth,
-            cuts: Vec::new(),
-        }
-    }
-
-    /// Whether rates fit: `rates` are VMs with their rate, in bytes per second.
-    pub fn hold(&self, rates: impl Iterator<Item = (usize, f64)> + Clone) -> bool {
-        let fits = |sum: f64, rate: f64| sum <= rate * (1.0 + ROUNDING);
-        fits(rates.clone().map(|(_, rate)| rate).sum(), self.bandwidth)
-            && self.cuts.iter().all(|cut| {
-                let crossing = rates.clone().filter(|(vm, _)| cut.crossed_by[*vm]);
-                fits(crossing.map(|(_, rate)| rate).sum(), cut.rate)
-            })
-    }
-
-    /// The most that one VM alone can get, in bytes per second.
-    #[must_use]
-    pub fn alone(&self, vm: usize) -> f64 {
-        let cuts = self.cuts.iter().filter(|cut| cut.crossed_by[vm]);
-        cuts.map(|cut| cut.rate).fold(self.bandwidth, f64::min)
-    }
-}
-
-/// Relative error that sums of rates may have.
-pub const ROUNDING: f64 = 1e-12;
 
 /// When a VM starts, and what it gets.
 #[derive(Debug, Clone, PartialEq)]
