@@ -63,6 +63,9 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<MoveReport, RunError> {
     let policy = options.policy.unwrap_or(app.policy);
+    let plan = plan(app, policy).map_err(|error| RunError::Preflight {
+        problems: vec![error.to_string()],
+    })?;
     let client = Client::connect(app, &app.hosts_involved());
     let facts = preflight::gather(app, &client);
     let verdict = preflight::judge(app, policy, &facts);
@@ -78,7 +81,7 @@ pub fn run(
     let mut drive = Drive {
         app,
         client,
-        conductor: Conductor::new(app, plan(app, policy), verdict.machines, SystemRandom)
+        conductor: Conductor::new(app, plan, verdict.machines, SystemRandom)
             .with_transports(verdict.transports),
         observer,
         heart,

@@ -1,7 +1,7 @@
 //! Policies: from an application to groups of VMs and the order they move in.
 //!
-//! This is the scheduler's place. Today's three policies need no prediction; one that groups and
-//! orders by cost (COMMA's two stages, LLL, OBA) produces the same [`Plan`].
+//! These need no prediction. Policies that do (LLL, OBA, COMMA's groups) are planned by
+//! [`scheduler::plan`](crate::scheduler::plan), and not yet carried out.
 
 use crate::application::{Application, Policy, VmId};
 
@@ -26,11 +26,36 @@ pub enum Concurrency {
     AllAtOnce,
 }
 
+/// Why a policy cannot be carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CannotRun {
+    /// It is only planned so far.
+    #[error(
+        "policy {policy} can be planned (muster plan), but not yet carried out; use sequential, \
+         parallel or muster"
+    )]
+    Policy {
+        /// The policy.
+        policy: Policy,
+    },
+    /// Replica groups are only planned so far.
+    #[error(
+        "replica-groups can be planned (muster plan), but not yet carried out; leave it out of the \
+         file"
+    )]
+    ReplicaGroups,
+}
+
 /// The plan of a policy.
-#[must_use]
-pub fn plan(app: &Application, policy: Policy) -> Plan {
+///
+/// # Errors
+/// The policy, or what the file asks for, can only be planned.
+pub fn plan(app: &Application, policy: Policy) -> Result<Plan, CannotRun> {
+    if app.replica_groups {
+        return Err(CannotRun::ReplicaGroups);
+    }
     let each_alone = || app.vm_ids().map(|vm| vec![vm]).collect();
-    match policy {
+    let plan = match policy {
         Policy::Sequential => Plan {
             groups: each_alone(),
             concurrency: Concurrency::OneAfterAnother,
@@ -46,5 +71,28 @@ pub fn plan(app: &Application, policy: Policy) -> Plan {
             concurrency: Concurrency::OneAfterAnother,
             hold: true,
         },
+        Policy::Lll | Policy::Vmbuddies | Policy::Comma => {
+            return Err(CannotRun::Policy { policy });
+        }
+    };
+    Ok(plan)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_carried_out_is_refused() {
+        let text = include_str!("../../examples/shop.toml");
+        let mut app = Application::parse(text, Path::new("shop.toml")).expect("good");
+        for policy in Policy::ALL {
+            let runs = plan(&app, policy).is_ok();
+            assert_eq!(runs, Policy::RUNNABLE.contains(&policy), "{policy}");
+        }
+        app.replica_groups = true;
+        assert_eq!(plan(&app, Policy::Muster), Err(CannotRun::ReplicaGroups));
     }
 }

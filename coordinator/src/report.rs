@@ -3,6 +3,7 @@
 pub mod assemble;
 #[cfg(test)]
 pub(crate) mod example;
+pub mod planned;
 pub mod table;
 pub mod timeline;
 

@@ -129,7 +129,7 @@ pub fn demo(options: &DemoOptions, interrupt: &Interrupt) -> Result<()> {
         );
     }
     let policies = match options.policies.as_slice() {
-        [] => Policy::ALL.to_vec(),
+        [] => Policy::RUNNABLE.to_vec(),
         chosen => chosen.to_vec(),
     };
     let lab = Lab::build(spec, interrupt)?;

@@ -25,6 +25,7 @@
 //! ```
 
 mod control;
+mod outline;
 mod parse;
 mod reader;
 
@@ -37,6 +38,7 @@ use sidecar::protocol::command::Termination;
 use uuid::Uuid;
 
 pub use control::{ControlAddress, ParseControlAddressError};
+pub use outline::{Outline, OutlineHost, OutlineVm};
 pub use reader::Problem;
 
 /// Version of the file that this program reads.
@@ -83,6 +85,8 @@ pub struct Application {
     pub transport: TransportChoice,
     /// When pre-copy ends for a VM.
     pub termination: Termination,
+    /// Whether every tier is to be on both sites while the application is split.
+    pub replica_groups: bool,
     /// The hosts.
     pub hosts: Vec<Host>,
     /// The links between them, where one limits more than `bandwidth`.
@@ -169,13 +173,29 @@ pub enum Policy {
     Sequential,
     /// All VMs at once, each switching over as soon as it converges.
     Parallel,
+    /// One VM after another by dirty rate, the largest last; each held until the last is ready
+    /// (VMbuddies 3.2).
+    Lll,
+    /// All VMs at once, with the bandwidth that lets them finish together (VMbuddies 3.3).
+    Vmbuddies,
+    /// Valid groups in the order of least impact, with delayed starts (COMMA 3).
+    Comma,
     /// All VMs held until they can switch over together; committed together.
     Muster,
 }
 
 impl Policy {
     /// All policies.
-    pub const ALL: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Muster];
+    pub const ALL: [Self; 6] = [
+        Self::Sequential,
+        Self::Parallel,
+        Self::Lll,
+        Self::Vmbuddies,
+        Self::Comma,
+        Self::Muster,
+    ];
+    /// Those that `muster run` carries out; the others can be planned.
+    pub const RUNNABLE: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Muster];
 
     /// As files and flags write it.
     #[must_use]
@@ -183,6 +203,9 @@ impl Policy {
         match self {
             Self::Sequential => "sequential",
             Self::Parallel => "parallel",
+            Self::Lll => "lll",
+            Self::Vmbuddies => "vmbuddies",
+            Self::Comma => "comma",
             Self::Muster => "muster",
         }
     }
@@ -202,7 +225,8 @@ impl std::str::FromStr for Policy {
             .into_iter()
             .find(|policy| policy.as_str() == text)
             .ok_or_else(|| {
-                format!("`{text}` is no policy; expected sequential, parallel or muster")
+                let names = Self::ALL.map(Self::as_str).join(", ");
+                format!("`{text}` is no policy; expected one of {names}")
             })
     }
 }
@@ -270,17 +294,37 @@ fn problem_list(path: &Path, problems: &[Problem]) -> String {
     lines.join("\n")
 }
 
+/// Reads the file at `path` with `parse`.
+fn load<T>(
+    path: &Path,
+    parse: impl FnOnce(&str) -> Result<T, Vec<Problem>>,
+) -> Result<T, ApplicationError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ApplicationError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    read(&text, path, parse)
+}
+
+/// Reads `text` with `parse`; `path` is for messages.
+fn read<T>(
+    text: &str,
+    path: &Path,
+    parse: impl FnOnce(&str) -> Result<T, Vec<Problem>>,
+) -> Result<T, ApplicationError> {
+    parse(text).map_err(|problems| ApplicationError::Invalid {
+        path: path.to_owned(),
+        problems,
+    })
+}
+
 impl Application {
     /// Reads the file at `path`.
     ///
     /// # Errors
     /// It cannot be read, or something in it is wrong: then every problem is named with its line.
     pub fn load(path: &Path) -> Result<Self, ApplicationError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ApplicationError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(&text, path)
+        load(path, parse::parse)
     }
 
     /// Reads `text`; `path` is for messages.
@@ -288,10 +332,13 @@ impl Application {
     /// # Errors
     /// Something in it is wrong: every problem is named with its line.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ApplicationError> {
-        parse::parse(text).map_err(|problems| ApplicationError::Invalid {
-            path: path.to_owned(),
-            problems,
-        })
+        read(text, path, parse::parse)
+    }
+
+    /// What a planner needs to know of it.
+    #[must_use]
+    pub fn outline(&self) -> Outline {
+        Outline::of(self)
     }
 
     /// The host with this index.

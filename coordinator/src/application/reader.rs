@@ -183,7 +183,7 @@ impl<'d, 'i> TableReader<'d, 'i> {
         problems: &mut Problems<'_>,
         key: &'static str,
         expected: &str,
-    ) -> Option<T>
+    ) -> Option<Found<T>>
     where
         T::Err: std::fmt::Display,
     {
@@ -195,7 +195,7 @@ impl<'d, 'i> TableReader<'d, 'i> {
             );
             return None;
         }
-        Some(found.value)
+        Some(found)
     }
 
     pub(super) fn integer(
@@ -239,6 +239,19 @@ impl<'d, 'i> TableReader<'d, 'i> {
             self.wrong_type(problems, key, value, &expected);
         }
         number
+    }
+
+    pub(super) fn boolean(
+        &mut self,
+        problems: &mut Problems<'_>,
+        key: &'static str,
+    ) -> Option<bool> {
+        let value = self.get(key)?;
+        let found = value.get_ref().as_bool();
+        if found.is_none() {
+            self.wrong_type(problems, key, value, "true or false");
+        }
+        found
     }
 
     /// Two names, as in `between = ["a", "b"]`.

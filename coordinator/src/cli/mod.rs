@@ -1,6 +1,7 @@
 //! The command line: arguments, exit codes, and the small commands.
 
 mod dirty;
+mod plan;
 mod show;
 mod signals;
 
@@ -58,6 +59,8 @@ enum Action {
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
+    /// Says what each policy would do, and what it would cost, without touching any VM.
+    Plan(plan::Options),
     /// Shows what the sidecars are doing.
     Status {
         /// The application file.
@@ -143,6 +146,7 @@ fn act(action: Action) -> anyhow::Result<u8> {
             json,
             svg,
         } => run(&file, policy, json.as_deref(), svg.as_deref()),
+        Action::Plan(options) => plan::plan(&options),
         Action::Status { file, watch, json } => status(&file, watch, json),
         Action::Abort { file, run } => settle(&file, run, &Wish::Abort),
         Action::Recover {

@@ -39,7 +39,7 @@ pub(super) fn checked(
             stock += usize::from(info.qemu_build == QemuBuild::Stock);
         }
     }
-    if stock > 0 && plan(app, policy).hold {
+    if stock > 0 && plan(app, policy).is_ok_and(|plan| plan.hold) {
         lines.push(STOCK_COSTS.into());
     }
     lines.push(format!(

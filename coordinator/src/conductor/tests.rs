@@ -48,7 +48,7 @@ struct Play<'a> {
 
 impl<'a> Play<'a> {
     fn new(app: &'a Application, policy: Policy, failing: &[u128]) -> Self {
-        let plan = plan(app, policy);
+        let plan = plan(app, policy).expect("carried out");
         Self {
             conductor: Conductor::new(app, plan, BTreeMap::new(), Counter(0)),
             seq: 0,

@@ -142,9 +142,16 @@ fn understood<T: DeserializeOwned>(
 #[must_use]
 pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     let mut verdict = Verdict::default();
+    let hold = match plan(app, policy) {
+        Ok(plan) => plan.hold,
+        Err(error) => {
+            verdict.problems.push(error.to_string());
+            return verdict;
+        }
+    };
     judge_hosts(app, facts, &mut verdict);
     for id in app.vm_ids() {
-        judge_vm(app, policy, facts, id, &mut verdict);
+        judge_vm(app, hold, facts, id, &mut verdict);
     }
     judge_memory(app, facts, &mut verdict);
     verdict
@@ -204,7 +211,7 @@ fn judge_hosts(app: &Application, facts: &Facts, verdict: &mut Verdict) {
     }
 }
 
-fn judge_vm(app: &Application, policy: Policy, facts: &Facts, id: VmId, verdict: &mut Verdict) {
+fn judge_vm(app: &Application, hold: bool, facts: &Facts, id: VmId, verdict: &mut Verdict) {
     let vm = app.vm(id);
     let (from, to) = (&app.host(vm.from).name, &app.host(vm.to).name);
     if let Some(Ok(destination)) = facts.hosts.get(&vm.to) {
@@ -251,7 +258,7 @@ fn judge_vm(app: &Application, policy: Policy, facts: &Facts, id: VmId, verdict:
             vm.name, info.qemu_version
         ));
     }
-    if plan(app, policy).hold && !info.can_hold {
+    if hold && !info.can_hold {
         verdict.problems.push(format!(
             "VM {} at {from}: QEMU {} cannot be held (switchover-ack, QEMU 8.1 or newer); update it or use policy sequential or parallel",
             vm.name, info.qemu_version
@@ -276,7 +283,7 @@ fn judge_vm(app: &Application, policy: Policy, facts: &Facts, id: VmId, verdict:
     let found = transport::Found {
         source: info.qemu_build,
         destination: there.and_then(|entry| entry.incoming_build),
-        hold: plan(app, policy).hold,
+        hold,
     };
     match transport::choose(app, id, found) {
         Ok((transport, note)) => {

@@ -5,12 +5,12 @@ use rate_limiter::Bytes;
 use super::{MoveReport, VmMove};
 
 /// A grid of text; the first column is aligned left, the others right.
-struct Grid {
-    rows: Vec<Vec<String>>,
+pub(super) struct Grid {
+    pub rows: Vec<Vec<String>>,
 }
 
 impl Grid {
-    fn render(&self) -> String {
+    pub fn render(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));

@@ -13,9 +13,9 @@ use sidecar::protocol::types::{Phase, Side};
 use super::table::time;
 use super::{MoveReport, Outcome, VmMove};
 
-const WIDTH: f64 = 1080.0;
-const LEFT: f64 = 132.0;
-const RIGHT: f64 = 40.0;
+pub(super) const WIDTH: f64 = 1080.0;
+pub(super) const LEFT: f64 = 132.0;
+pub(super) const RIGHT: f64 = 40.0;
 const LANE: f64 = 34.0;
 const BAR: f64 = 20.0;
 const HEADER: f64 = 66.0;
@@ -23,14 +23,14 @@ const GAP: f64 = 18.0;
 const TOP: f64 = 86.0;
 
 const AT_SOURCE: &str = "#d5dae1";
-const PRECOPY: &str = "#6aa6e0";
+pub(super) const PRECOPY: &str = "#6aa6e0";
 const HELD: &str = "#f2b84b";
 const STOPPED: &str = "#d6303a";
 const AT_DESTINATION: &str = "#4bab75";
 const ROLLED_BACK: &str = "#9a8bc4";
-const SPLIT: &str = "#d6303a";
-const INK: &str = "#1d2733";
-const SOFT: &str = "#5d6b7a";
+pub(super) const SPLIT: &str = "#d6303a";
+pub(super) const INK: &str = "#1d2733";
+pub(super) const SOFT: &str = "#5d6b7a";
 
 /// A stretch of a lane.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,13 +67,13 @@ fn lanes(report: &MoveReport) -> f64 {
     f64::from(u32::try_from(report.vms.len()).unwrap_or(u32::MAX))
 }
 
-struct Axis {
+pub(super) struct Axis {
     end_s: f64,
     step_s: f64,
 }
 
 impl Axis {
-    fn new(end_s: f64) -> Self {
+    pub(super) fn new(end_s: f64) -> Self {
         let steps = [
             0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0,
             600.0, 1800.0, 3600.0,
@@ -85,7 +85,7 @@ impl Axis {
         Self { end_s, step_s }
     }
 
-    fn x(&self, seconds: f64) -> f64 {
+    pub(super) fn x(&self, seconds: f64) -> f64 {
         LEFT + (seconds / self.end_s).clamp(0.0, 1.0) * (WIDTH - LEFT - RIGHT)
     }
 
@@ -95,7 +95,7 @@ impl Axis {
             .take_while(|at| *at <= self.end_s)
     }
 
-    fn draw(&self, svg: &mut String, y: f64) {
+    pub(super) fn draw(&self, svg: &mut String, y: f64) {
         let end = WIDTH - RIGHT;
         let _ = writeln!(
             svg,
@@ -334,7 +334,7 @@ fn draw_split(svg: &mut String, report: &MoveReport, axis: &Axis, top: f64, bott
     }
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

@@ -6,5 +6,6 @@ pub mod group;
 pub mod impact;
 pub mod order;
 pub mod phases;
+pub mod plan;
 pub mod predict;
 pub mod schedule;

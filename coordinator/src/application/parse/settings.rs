@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use rate_limiter::BytesPerSecond;
 use sidecar::protocol::command::Termination;
 
-use super::{RATE, host_named};
+use super::{RATE, host_named, positive_rate};
 use crate::application::reader::{Problems, TableReader};
 use crate::application::{
     Application, HostId, OnNonConvergence, OnPartial, Policy, TransportChoice,
@@ -83,7 +82,7 @@ pub(super) fn read_settings(
     }
     let policies = Policy::ALL.map(|policy| (policy.as_str(), policy));
     let policy = choice(&mut reader, problems, "policy", &policies);
-    let bandwidth = reader.positive::<BytesPerSecond>(problems, "bandwidth", RATE);
+    let bandwidth = positive_rate(&mut reader, problems, "bandwidth");
     if bandwidth.is_none() && !reader.has("bandwidth") {
         reader.missing(problems, "bandwidth", RATE);
     }
@@ -133,6 +132,7 @@ pub(super) fn read_settings(
     ];
     let on_partial = choice(&mut reader, problems, "on-partial", &partial);
     let termination = read_termination(&mut reader, problems);
+    let replica_groups = reader.boolean(problems, "replica-groups");
     reader.finish(problems);
     Some(Settings {
         application: Application {
@@ -151,6 +151,7 @@ pub(super) fn read_settings(
             multifd_channels: channels.and_then(|n| u8::try_from(n).ok()).unwrap_or(0),
             transport: transport.unwrap_or_default(),
             termination,
+            replica_groups: replica_groups.unwrap_or(false),
             hosts: Vec::new(),
             links: Vec::new(),
             vms: Vec::new(),

@@ -1,0 +1,220 @@
+//! What a plan is made from.
+
+use std::fmt;
+
+use crate::application::{HostId, Outline, OutlineVm};
+use crate::scheduler::group::replicas::{Tiers, TiersError};
+use crate::scheduler::impact::Traffic;
+use crate::scheduler::schedule::{Cut, Limits, Load};
+
+use super::HELD_SYNC_S;
+
+/// α of VMbuddies 3.3: the part of the writable working set that a round sends again.
+const RESENT: f64 = 0.8;
+
+/// Which part of a migration is planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Stage {
+    /// All of it.
+    #[default]
+    Whole,
+    /// What is left after the bulk copy: the `dirty-set` of each VM (COMMA 3.2.2).
+    Two,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Whole => "whole",
+            Self::Two => "two",
+        })
+    }
+}
+
+/// The file does not say enough for a plan.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", problems.join("\n"))]
+pub struct MissingError {
+    /// What is missing, VM by VM.
+    pub problems: Vec<String>,
+}
+
+/// What a plan is made from; every quantity is finite, bytes or bytes per second.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    pub(super) stage: Stage,
+    pub(super) vms: Vec<InputVm>,
+    pub(super) limits: Limits,
+    pub(super) traffic: Traffic,
+    pub(super) tiers: Option<Tiers>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct InputVm {
+    pub(super) name: String,
+    /// What is to be sent in the stage that is planned.
+    pub(super) load: Load,
+    /// What is sent at most, whatever is dirtied (VMbuddies 3.3, Eq. 7).
+    pub(super) cap: f64,
+    pub(super) working_set: Option<f64>,
+    /// What the file says is left after the bulk copy.
+    pub(super) dirty_set: Option<f64>,
+}
+
+#[allow(clippy::cast_precision_loss, reason = "sizes and rates below 2^60")]
+fn float(value: u64) -> f64 {
+    value as f64
+}
+
+impl Inputs {
+    /// What `outline` says.
+    ///
+    /// # Errors
+    /// It does not say enough: what is missing is named, VM by VM.
+    pub fn new(outline: &Outline, stage: Stage) -> Result<Self, MissingError> {
+        let mut problems = Vec::new();
+        let vms = outline.vms.iter();
+        let vms = vms.filter_map(|vm| input(outline, vm, stage, &mut problems));
+        let vms: Vec<InputVm> = vms.collect();
+        let tiers = outline.replica_groups.then(|| {
+            let names = outline.vms.iter().map(|vm| vm.tier.as_deref());
+            Tiers::new(names)
+        });
+        let tiers = tiers.transpose().unwrap_or_else(|error| {
+            problems.push(match error {
+                TiersError::None { vm } => format!(
+                    "VM {}: `tier` is missing, and replica-groups needs it",
+                    outline.vms[vm].name
+                ),
+                single @ TiersError::Single { .. } => single.to_string(),
+            });
+            None
+        });
+        if !problems.is_empty() {
+            return Err(MissingError { problems });
+        }
+        let pairs = outline.traffic.iter().map(|traffic| {
+            let [a, b] = traffic.between;
+            (a.0, b.0, float(traffic.rate.0))
+        });
+        Ok(Self {
+            stage,
+            limits: limits(outline),
+            traffic: Traffic::between(vms.len(), pairs),
+            vms,
+            tiers,
+        })
+    }
+
+    /// What is left of a VM when it stops at this rate, in bytes: what it dirties in
+    /// [`HELD_SYNC_S`], or most of its working set where the rate does not keep up with it.
+    pub(super) fn left_at_stop(&self, vm: usize, rate: f64) -> f64 {
+        let vm = &self.vms[vm];
+        let all = vm.working_set.unwrap_or(f64::INFINITY);
+        if rate < vm.load.dirty_rate && all.is_finite() {
+            return RESENT * all;
+        }
+        (vm.load.dirty_rate * HELD_SYNC_S).min(all)
+    }
+
+    /// The VMs' loads.
+    pub(super) fn loads(&self) -> Vec<Load> {
+        self.vms.iter().map(|vm| vm.load).collect()
+    }
+}
+
+fn input(
+    outline: &Outline,
+    vm: &OutlineVm,
+    stage: Stage,
+    problems: &mut Vec<String>,
+) -> Option<InputVm> {
+    let known = &vm.profile;
+    let name = &vm.name;
+    let (mean, most) = match (known.dirty_rate, known.max_dirty_rate) {
+        (Some(mean), Some(most)) => (float(mean.0), float(most.0)),
+        // Pacer takes the mean dirty rate to be half of the highest.
+        (Some(mean), None) => (float(mean.0), 2.0 * float(mean.0)),
+        (None, Some(most)) => (float(most.0) / 2.0, float(most.0)),
+        (None, None) => {
+            problems.push(format!(
+                "VM {name}: give `dirty-rate` or `max-dirty-rate` (better both)"
+            ));
+            return None;
+        }
+    };
+    let working_set = known.writable_working_set.map(|size| float(size.0));
+    let dirty_set = known.dirty_set.map(|size| float(size.0));
+    let (left_bytes, cap) = match stage {
+        Stage::Two => match dirty_set {
+            Some(size) => (size, f64::INFINITY),
+            None => {
+                problems.push(format!("VM {name}: stage two needs `dirty-set`"));
+                return None;
+            }
+        },
+        Stage::Whole => match known.memory {
+            Some(memory) => {
+                let size = float(memory.0) + known.disk.map_or(0.0, |disk| float(disk.0));
+                (
+                    size,
+                    working_set.map_or(f64::INFINITY, |set| cap(outline, size, set)),
+                )
+            }
+            None => {
+                problems.push(format!("VM {name}: `memory` is missing"));
+                return None;
+            }
+        },
+    };
+    Some(InputVm {
+        name: name.clone(),
+        load: Load {
+            left_bytes,
+            max_dirty_rate: most,
+            dirty_rate: mean,
+        },
+        cap,
+        working_set,
+        dirty_set,
+    })
+}
+
+/// C = min(M + N·α·W, β·M + W) (VMbuddies 3.3.1, Eq. 7).
+fn cap(outline: &Outline, memory: f64, working_set: f64) -> f64 {
+    let rounds = f64::from(outline.termination.max_rounds);
+    let by_rounds = memory + rounds * RESENT * working_set;
+    by_rounds.min(outline.termination.max_memory_factor * memory + working_set)
+}
+
+/// The bandwidth, and every link, interface and disk that a VM passes.
+fn limits(outline: &Outline) -> Limits {
+    let cut = |rate: u64, crosses: &dyn Fn(&OutlineVm) -> bool| Cut {
+        rate: float(rate),
+        crossed_by: outline.vms.iter().map(crosses).collect(),
+    };
+    let mut cuts = Vec::new();
+    for link in &outline.links {
+        let [a, b] = link.between;
+        for (x, y) in [(a, b), (b, a)] {
+            let crosses = |vm: &OutlineVm| vm.from == Some(x) && vm.to == Some(y);
+            cuts.push(cut(link.rate.0, &crosses));
+        }
+    }
+    for (index, host) in outline.hosts.iter().enumerate() {
+        let here = Some(HostId(index));
+        if let Some(rate) = host.nic {
+            cuts.push(cut(rate.0, &|vm| vm.from == here));
+            cuts.push(cut(rate.0, &|vm| vm.to == here));
+        }
+        if let Some(rate) = host.disk {
+            let on_disk = |vm: &OutlineVm| vm.profile.disk.is_some_and(|disk| disk.0 > 0);
+            cuts.push(cut(rate.0, &|vm| on_disk(vm) && vm.from == here));
+            cuts.push(cut(rate.0, &|vm| on_disk(vm) && vm.to == here));
+        }
+    }
+    let bandwidth = float(outline.bandwidth.0);
+    // One that never binds says nothing.
+    cuts.retain(|cut| cut.rate < bandwidth && cut.crossed_by.contains(&true));
+    Limits { bandwidth, cuts }
+}
