@@ -142,7 +142,7 @@ fn chart(plan: &Plan) -> String {
             }
             let step = vm.bandwidth.iter().rev().find(|step| step.0 <= at);
             let part = step.map_or(0.0, |step| step.1 / most);
-            if !(part > 0.0) {
+            if part <= 0.0 || most <= 0.0 {
                 return '·';
             }
             let eighth = usize::try_from(whole((part * 8.0).ceil())).unwrap_or(1);

@@ -1,50 +1,64 @@
 //! Policy `muster`: every group by the fastest of three schemes, groups in the best order.
 //!
-//! OBA sends all at once, so nothing is held, but everything is dirtied from the start; LLL and
-//! COMMA's delayed starts leave VMs untouched until late, but hold those that are ready. Which is
-//! faster depends on the working sets: where they are small against the memory OBA wins, where
-//! nothing bounds what is dirtied the others do. Both are predicted, for every group.
+//! OBA sends all at once, so nobody waits, but everything is dirtied from the start; LLL and COMMA's
+//! delayed starts leave VMs untouched until late, but hold those that are ready. Which is faster
+//! depends on the working sets: where they are small against the memory OBA wins, where nothing
+//! bounds what is dirtied the others do. All are predicted, for every group.
+//!
+//! A group is valid here if it is one by COMMA's rule (Eq. 3: the highest dirty rates fit), or if
+//! the mean dirty rates, which is what held VMs take, leave a tenth of the bandwidth free: the
+//! release waits for a moment at which what remains fits.
 
 use crate::scheduler::group::{ByDelayedStart, GroupTime};
 use crate::scheduler::order::{AUTO_EXACT_UP_TO, Search};
 use crate::scheduler::schedule::{Limits, Load, Schedule, best_order, by_start};
 
-use super::policies::{find_order, fits, not_together};
+use super::policies::{find_order, not_together};
 use super::schemes::{Sent, lll, oba};
 use super::{Draft, Inputs, Trouble};
 
+/// The part of every limit that the mean dirty rates of a held group may take.
+const HELD_PART: f64 = 0.9;
+
 pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Draft, Trouble> {
     let loads = inputs.loads();
-    let exact = sent.len() <= AUTO_EXACT_UP_TO && search != Search::Large;
+    let time = Fastest {
+        sent,
+        limits: &inputs.limits,
+        delayed: ByDelayedStart::new(&loads, &inputs.limits),
+    };
+    let few = sent.len() <= AUTO_EXACT_UP_TO && search != Search::Large;
+    let exact = few || time.duration(&time.order()).is_finite();
     let ordered = if exact {
-        let fastest = Fastest {
-            inputs,
-            sent,
-            delayed: ByDelayedStart::new(&loads, &inputs.limits),
-        };
-        find_order(inputs, &fastest, search)?
+        find_order(inputs, &time, search)?
     } else {
         // Many more groups are looked at: the scheme with the cheapest prediction stands for all.
-        find_order(inputs, &ByDelayedStart::new(&loads, &inputs.limits), search)?
+        find_order(inputs, &time.delayed, search)?
     };
     let mut notes = Vec::new();
     let mut schedules = Vec::new();
     for group in &ordered.groups {
         let found = fastest(sent, &loads, &inputs.limits, group);
         let (name, schedule) = found.ok_or_else(|| not_together(inputs))?;
-        let names: Vec<&str> = group
-            .iter()
-            .map(|&vm| inputs.vms[vm].name.as_str())
-            .collect();
+        let names = group.iter().map(|&vm| inputs.vms[vm].name.as_str());
         if group.len() > 1 {
-            notes.push(format!("{} by {name}", names.join(", ")));
+            notes.push(format!(
+                "{} by {name}",
+                names.collect::<Vec<_>>().join(", ")
+            ));
         }
         schedules.push(schedule);
     }
     let mut draft = Draft::in_turn(0.0, schedules);
-    draft.proven = ordered.optimal && (exact || ordered.impact_bytes == 0.0);
+    draft.proven = ordered.optimal && exact;
     draft.notes = notes;
     Ok(draft)
+}
+
+/// Whether the VMs can be held together.
+fn holdable(sent: &[Sent], limits: &Limits, group: &[usize]) -> bool {
+    let dirty = group.iter().map(|&vm| (vm, sent[vm].load.dirty_rate));
+    limits.hold(dirty.map(|(vm, rate)| (vm, rate / HELD_PART)))
 }
 
 /// The fastest scheme of a group, with its name.
@@ -54,13 +68,15 @@ fn fastest(
     limits: &Limits,
     group: &[usize],
 ) -> Option<(&'static str, Schedule)> {
+    let held = holdable(sent, limits, group);
+    let order = by_start(loads, group);
     let schemes = [
-        ("OBA", oba(sent, limits, group)),
-        ("LLL's order", lll(sent, limits, group)),
+        ("LLL's order", lll(sent, limits, group).filter(|_| held)),
         (
-            "delayed starts",
-            best_order(loads, limits, &by_start(loads, group)),
+            "OBA",
+            oba(sent, limits, group).filter(|_| held && group.len() > 1),
         ),
+        ("delayed starts", best_order(loads, limits, &order)),
     ];
     let converging = schemes
         .into_iter()
@@ -70,8 +86,8 @@ fn fastest(
 
 /// A group's time by the fastest scheme, for the search.
 struct Fastest<'a> {
-    inputs: &'a Inputs,
     sent: &'a [Sent],
+    limits: &'a Limits,
     delayed: ByDelayedStart<'a>,
 }
 
@@ -81,25 +97,25 @@ impl GroupTime for Fastest<'_> {
     }
 
     fn duration(&self, group: &[usize]) -> f64 {
-        if !fits(self.inputs, group) {
-            return f64::INFINITY;
+        let delayed = self.delayed.duration(group);
+        if !holdable(self.sent, self.limits, group) {
+            return delayed;
         }
-        let limits = &self.inputs.limits;
         let time = |schedule: Option<Schedule>| {
             schedule.map_or(f64::INFINITY, |schedule| schedule.duration_s)
         };
-        self.delayed
-            .duration(group)
-            .min(time(lll(self.sent, limits, group)))
-            .min(time(oba(self.sent, limits, group)))
+        delayed
+            .min(time(lll(self.sent, self.limits, group)))
+            .min(time(oba(self.sent, self.limits, group)))
     }
 
     fn order(&self) -> Vec<usize> {
         self.delayed.order()
     }
 
+    /// Both rules imply that the mean dirty rates fit.
     fn least(&self, vm: usize) -> f64 {
-        self.delayed.least(vm)
+        self.sent[vm].load.dirty_rate
     }
 
     fn most(&self) -> f64 {

@@ -40,7 +40,7 @@ fn sent(inputs: &Inputs) -> Vec<Sent> {
 }
 
 /// Eq. 3: whether these VMs are a valid group.
-pub(super) fn fits(inputs: &Inputs, vms: &[usize]) -> bool {
+fn fits(inputs: &Inputs, vms: &[usize]) -> bool {
     let least = vms
         .iter()
         .map(|&vm| (vm, inputs.vms[vm].load.max_dirty_rate));

@@ -113,7 +113,10 @@ pub fn oba(sent: &[Sent], limits: &Limits, group: &[usize]) -> Option<Schedule> 
             low = middle;
         }
     }
-    Some(steady(group, high, |vm| rate(vm, high)))
+    // The last of the error of the root goes, so that nothing is above the bandwidth.
+    let sum: f64 = group.iter().map(|&vm| rate(vm, high)).sum();
+    let scale = (limits.bandwidth / sum).min(1.0);
+    Some(steady(group, high, |vm| rate(vm, high) * scale))
 }
 
 fn steady(group: &[usize], duration_s: f64, rate: impl Fn(usize) -> f64) -> Schedule {

@@ -91,13 +91,36 @@ fn two_databases_and_more_do_not_converge_at_once() {
 #[test]
 fn a_vm_that_does_not_converge_is_named() {
     let fast = "dirty-set = \"1GB\"\nmax-dirty-rate = \"40MB/s\"\n";
-    let inputs = inputs(&file(&[LIGHT, fast], &[]), Stage::Two);
-    for policy in [Policy::Sequential, Policy::Comma, Policy::Muster] {
-        let plan = plan(&inputs, policy, Search::Auto);
+    let both = inputs(&file(&[LIGHT, fast], &[]), Stage::Two);
+    for policy in [Policy::Sequential, Policy::Comma] {
+        let plan = plan(&both, policy, Search::Auto);
         let reason = plan.reason.expect("said");
         assert!(reason.contains("VM vm1 does not converge"), "{reason}");
         assert!(reason.contains("up to 40.0 MB/s"), "{reason}");
     }
+    // On average it does, and a hold waits for a good moment.
+    assert!(plan(&both, Policy::Muster, Search::Auto).converges);
+    let faster = fast.replace("40MB/s", "60MB/s");
+    let both = inputs(&file(&[LIGHT, &faster], &[]), Stage::Two);
+    let stuck = plan(&both, Policy::Muster, Search::Auto);
+    assert!(stuck.reason.expect("said").contains("VM vm1"));
+}
+
+#[test]
+fn muster_needs_no_groups_where_the_mean_dirty_rates_fit() {
+    let four = four();
+    let [muster, lll, oba] = [Policy::Muster, Policy::Lll, Policy::Vmbuddies]
+        .map(|policy| plan(&four, policy, Search::Auto));
+    assert_eq!((muster.groups.len(), muster.impact_bytes), (1, Some(0.0)));
+    assert!(muster.completion_s <= lll.completion_s && muster.completion_s < oba.completion_s);
+    // Too hot for one group: fewer bytes cross than with groups of one.
+    let hot = "dirty-set = \"1GB\"\nmax-dirty-rate = \"15MB/s\"\ndirty-rate = \"14MB/s\"\n";
+    let traffic = [(0, 1, 80), (1, 2, 50), (0, 2, 20)];
+    let hot = inputs(&file(&[hot; 3], &traffic), Stage::Two);
+    let [muster, sequential] =
+        [Policy::Muster, Policy::Sequential].map(|policy| plan(&hot, policy, Search::Auto));
+    assert_eq!(muster.groups.len(), 2, "{muster:?}");
+    assert!(muster.optimal && muster.impact_bytes < sequential.impact_bytes);
 }
 
 #[test]

@@ -285,10 +285,8 @@ impl<'p, T: GroupTime> State<'p, T> {
         self.collect(y, y_gone, y_come, true);
         let time_x = self.problem.time.duration(&self.without);
         let time_y = self.problem.time.duration(&self.with);
-        if !(time_x.is_finite() && time_y.is_finite())
-            || !self.may_be(x, &self.without)
-            || !self.may_be(y, &self.with)
-        {
+        let valid = time_x.is_finite() && time_y.is_finite();
+        if !(valid && self.may_be(x, &self.without) && self.may_be(y, &self.with)) {
             return false;
         }
         let (low, high) = (x.min(y), x.max(y));
@@ -399,7 +397,9 @@ impl<'p, T: GroupTime> State<'p, T> {
         if !self.may_be(rank, self.group(rank + 1)) || !self.may_be(rank + 1, self.group(rank)) {
             return false;
         }
-        let between = self.growth(&self.group(rank + 1).to_vec(), rank) + self.cut[rank];
+        let later = std::mem::take(&mut self.groups[self.sequence[rank + 1]].vms);
+        let between = self.growth(&later, rank) + self.cut[rank];
+        self.groups[self.sequence[rank + 1]].vms = later;
         let (a, b) = (self.time(rank), self.time(rank + 1));
         let now = a * self.cut[rank] + b * self.cut[rank + 1];
         let change = b * self.cut[rank] + a * between - now;
