@@ -1,28 +1,26 @@
 //! From the file's tables to an [`Application`]: keys, references, and what must fit together.
 
+mod draft;
+mod profile;
 mod settings;
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use rate_limiter::{Bytes, BytesPerSecond};
 use toml::de::{DeTable, DeValue};
 use uuid::Uuid;
 
-use super::reader::{Found, Problem, Problems, TableReader, nearest};
+use super::reader::{Problem, Problems, TableReader, nearest};
 use super::{
-    Application, ControlAddress, FILE_VERSION, Host, HostId, Link, Outline, OutlineHost, OutlineVm,
-    Traffic, TransportChoice, Vm, VmId, VmProfile,
+    Application, ControlAddress, FILE_VERSION, HostId, Link, Outline, OutlineHost, OutlineVm,
+    Traffic, VmId,
 };
+use draft::{Draft, DraftHost, DraftVm};
+use profile::{positive_rate, rate, read_profile};
 
 const RATE: &str = "a rate such as \"400Mbit/s\" or \"50MiB/s\"";
 const SIZE: &str = "a size such as \"512MiB\"";
-
-/// More than any machine does: such a rate is a slip of the pen.
-const HIGHEST_RATE: BytesPerSecond = BytesPerSecond(100_000_000_000_000);
-/// And such a size.
-const LARGEST_SIZE: Bytes = Bytes(1 << 60);
 
 /// Reads the whole file, for a move.
 pub(super) fn parse(text: &str) -> Result<Application, Vec<Problem>> {
@@ -44,83 +42,6 @@ enum Purpose {
     Move,
     /// A plan: these may be left out.
     Plan,
-}
-
-/// A file as it was read: what only a move needs may be missing.
-struct Draft {
-    settings: settings::Settings,
-    hosts: Vec<DraftHost>,
-    links: Vec<Link>,
-    vms: Vec<DraftVm>,
-    traffic: Vec<Traffic>,
-}
-
-struct DraftHost {
-    control: Option<ControlAddress>,
-    known: OutlineHost,
-}
-
-struct DraftVm {
-    uuid: Option<Uuid>,
-    transport: Option<TransportChoice>,
-    known: OutlineVm,
-}
-
-impl Draft {
-    fn outline(self) -> Outline {
-        let app = self.settings.application;
-        Outline {
-            name: app.name,
-            policy: app.policy,
-            bandwidth: app.bandwidth,
-            max_downtime: app.max_downtime,
-            termination: app.termination,
-            replica_groups: app.replica_groups,
-            hosts: self.hosts.into_iter().map(|host| host.known).collect(),
-            links: self.links,
-            vms: self.vms.into_iter().map(|vm| vm.known).collect(),
-            traffic: self.traffic,
-        }
-    }
-
-    fn finish(self) -> Option<Application> {
-        let hosts = self.hosts.into_iter().map(DraftHost::finish);
-        let vms: Option<Vec<Vm>> = self.vms.into_iter().map(DraftVm::finish).collect();
-        let vms = vms?;
-        Some(Application {
-            hosts: hosts.collect::<Option<_>>()?,
-            links: self.links,
-            traffic: self.traffic,
-            register: self.settings.register.unwrap_or(vms.first()?.from),
-            vms,
-            ..self.settings.application
-        })
-    }
-}
-
-impl DraftHost {
-    fn finish(self) -> Option<Host> {
-        Some(Host {
-            name: self.known.name,
-            control: self.control?,
-            nic: self.known.nic,
-            disk: self.known.disk,
-        })
-    }
-}
-
-impl DraftVm {
-    fn finish(self) -> Option<Vm> {
-        Some(Vm {
-            name: self.known.name,
-            uuid: self.uuid?,
-            tier: self.known.tier,
-            from: self.known.from?,
-            to: self.known.to?,
-            transport: self.transport,
-            profile: self.known.profile,
-        })
-    }
 }
 
 /// Reads every table. No draft where there is a problem.
@@ -357,101 +278,6 @@ fn read_vms(
         top.missing(problems, "[[vm]]", "at least one VM to move");
     }
     vms
-}
-
-/// A rate that a machine can have.
-fn rate(
-    reader: &mut TableReader<'_, '_>,
-    problems: &mut Problems<'_>,
-    key: &'static str,
-) -> Option<BytesPerSecond> {
-    let found = reader.parsed(problems, key, RATE)?;
-    sane(reader, problems, key, &found, &HIGHEST_RATE)
-}
-
-/// A rate that a machine can have, and not 0.
-fn positive_rate(
-    reader: &mut TableReader<'_, '_>,
-    problems: &mut Problems<'_>,
-    key: &'static str,
-) -> Option<BytesPerSecond> {
-    let found = reader.positive(problems, key, RATE)?;
-    sane(reader, problems, key, &found, &HIGHEST_RATE)
-}
-
-/// A size that a machine can have.
-fn size(
-    reader: &mut TableReader<'_, '_>,
-    problems: &mut Problems<'_>,
-    key: &'static str,
-) -> Option<Bytes> {
-    let found = reader.parsed(problems, key, SIZE)?;
-    sane(reader, problems, key, &found, &LARGEST_SIZE)
-}
-
-fn sane<T: PartialOrd + Copy + std::fmt::Display>(
-    reader: &TableReader<'_, '_>,
-    problems: &mut Problems<'_>,
-    key: &str,
-    found: &Found<T>,
-    most: &T,
-) -> Option<T> {
-    if found.value > *most {
-        let text = format!(
-            "`{key}` in {} is {}, above {most}; check the number and its unit",
-            reader.name, found.value
-        );
-        problems.at(&found.span, text);
-        return None;
-    }
-    Some(found.value)
-}
-
-fn read_profile(reader: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) -> VmProfile {
-    let memory = reader.positive(problems, "memory", SIZE);
-    let profile = VmProfile {
-        memory: memory.and_then(|found| sane(reader, problems, "memory", &found, &LARGEST_SIZE)),
-        dirty_rate: rate(reader, problems, "dirty-rate"),
-        max_dirty_rate: rate(reader, problems, "max-dirty-rate"),
-        dirty_set: size(reader, problems, "dirty-set"),
-        writable_working_set: size(reader, problems, "writable-working-set"),
-        disk: size(reader, problems, "disk"),
-    };
-    let span = reader.span.clone();
-    if let (Some(mean), Some(max)) = (profile.dirty_rate, profile.max_dirty_rate) {
-        if mean > max {
-            let text = format!(
-                "{}: `dirty-rate` {mean} is above `max-dirty-rate` {max}",
-                reader.name
-            );
-            problems.at(&span, text);
-        }
-    }
-    let mut within = |key: &str, size: Option<Bytes>, whole: Option<Bytes>, named: &str| {
-        if let (Some(size), Some(whole)) = (size, whole) {
-            if size > whole {
-                let text = format!("{}: `{key}` {size} is above {named} {whole}", reader.name);
-                problems.at(&span, text);
-            }
-        }
-    };
-    let memory = profile.memory;
-    within(
-        "writable-working-set",
-        profile.writable_working_set,
-        memory,
-        "`memory`",
-    );
-    // The dirty set is of memory and disk; a file may leave the disk out that made it.
-    let both = memory.zip(profile.disk);
-    let both = both.map(|(memory, disk)| Bytes(memory.0.saturating_add(disk.0)));
-    within(
-        "dirty-set",
-        profile.dirty_set,
-        both,
-        "`memory` and `disk` together,",
-    );
-    profile
 }
 
 fn read_links(

@@ -5,7 +5,7 @@
 //! is left before its start goes to the one before it, and so on. A schedule is therefore built
 //! backwards from the common finish.
 //!
-//! [`Delayed`] does this for any order of starts and under any set of [`Limits`]: the bandwidth,
+//! [`delayed`] does this for any order of starts and under any set of [`Limits`]: the bandwidth,
 //! and the links and network interfaces that only some of the VMs cross. [`by_start`] is COMMA's
 //! order, [`best_order`] the best of all orders for small groups.
 

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use sidecar::protocol::command::Termination;
 
-use super::{RATE, host_named, positive_rate};
+use super::profile::positive_rate;
+use super::{RATE, host_named};
 use crate::application::reader::{Problems, TableReader};
 use crate::application::{
     Application, HostId, OnNonConvergence, OnPartial, Policy, TransportChoice,

@@ -1,3 +1,5 @@
+use rate_limiter::{Bytes, BytesPerSecond};
+
 use super::*;
 use crate::application::ApplicationError;
 use crate::application::Policy;
@@ -152,4 +154,38 @@ fn the_message_names_the_file() {
     let error = Application::load(Path::new("/no/such/file.toml")).expect_err("missing");
     assert!(matches!(error, ApplicationError::Read { .. }));
     assert!(error.to_string().contains("/no/such/file.toml"));
+}
+
+#[test]
+fn a_plan_needs_no_hosts() {
+    let text = "version = 1\n[application]\nname = \"shop\"\nbandwidth = \"32MB/s\"\n\
+        replica-groups = true\n[[vm]]\nname = \"db\"\nfrom = \"a\"\ndirty-set = \"2GB\"\n\
+        memory = \"1GB\"\n";
+    let outline = parse_outline(text).expect("enough");
+    assert!(outline.replica_groups && outline.hosts.is_empty());
+    assert_eq!(outline.vms[0].from, None);
+    // Where hosts are named they must be right; and the dirty set is of memory and disk.
+    let hosts = format!("{text}disk = \"500MB\"\n[[host]]\nname = \"b\"\nnic = \"1GB/s\"\n");
+    let problems = parse_outline(&hosts).expect_err("no host `a`");
+    assert!(
+        problems
+            .iter()
+            .any(|p| p.text.contains("there is no host `a`"))
+    );
+    assert!(
+        problems
+            .iter()
+            .any(|p| p.text.contains("`dirty-set` 1.86 GiB is above `memory`"))
+    );
+    let moved = parse(text).expect_err("no move").len();
+    assert!(moved >= 3, "hosts, `uuid` and `to` are missing");
+    let wrong = text.replace("replica-groups = true", "replica-groups = 1");
+    let problems = parse_outline(&wrong).expect_err("no number");
+    assert!(problems[0].text.contains("expected true or false"));
+}
+
+#[test]
+fn a_move_and_a_plan_read_the_same() {
+    let app = parse(GOOD).expect("good");
+    assert_eq!(app.outline(), parse_outline(GOOD).expect("good"));
 }

@@ -3,14 +3,12 @@
 use std::fmt;
 
 use crate::application::{HostId, Outline, OutlineVm};
+use crate::scheduler::bandwidth;
 use crate::scheduler::group::replicas::{Tiers, TiersError};
 use crate::scheduler::impact::Traffic;
 use crate::scheduler::schedule::{Cut, Limits, Load};
 
 use super::HELD_SYNC_S;
-
-/// α of VMbuddies 3.3: the part of the writable working set that a round sends again.
-const RESENT: f64 = 0.8;
 
 /// Which part of a migration is planned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -47,6 +45,8 @@ pub struct Inputs {
     pub(super) limits: Limits,
     pub(super) traffic: Traffic,
     pub(super) tiers: Option<Tiers>,
+    /// When pre-copy ends without having converged.
+    pub(super) rules: bandwidth::Limits,
 }
 
 #[derive(Debug, Clone)]
@@ -73,8 +73,13 @@ impl Inputs {
     /// It does not say enough: what is missing is named, VM by VM.
     pub fn new(outline: &Outline, stage: Stage) -> Result<Self, MissingError> {
         let mut problems = Vec::new();
+        let rules = bandwidth::Limits {
+            max_rounds: outline.termination.max_rounds.min(10_000),
+            traffic_factor: outline.termination.max_memory_factor,
+            ..bandwidth::Limits::default()
+        };
         let vms = outline.vms.iter();
-        let vms = vms.filter_map(|vm| input(outline, vm, stage, &mut problems));
+        let vms = vms.filter_map(|vm| input(vm, &rules, stage, &mut problems));
         let vms: Vec<InputVm> = vms.collect();
         let tiers = outline.replica_groups.then(|| {
             let names = outline.vms.iter().map(|vm| vm.tier.as_deref());
@@ -103,6 +108,7 @@ impl Inputs {
             traffic: Traffic::between(vms.len(), pairs),
             vms,
             tiers,
+            rules,
         })
     }
 
@@ -112,7 +118,7 @@ impl Inputs {
         let vm = &self.vms[vm];
         let all = vm.working_set.unwrap_or(f64::INFINITY);
         if rate < vm.load.dirty_rate && all.is_finite() {
-            return RESENT * all;
+            return self.rules.resent_share * all;
         }
         (vm.load.dirty_rate * HELD_SYNC_S).min(all)
     }
@@ -124,8 +130,8 @@ impl Inputs {
 }
 
 fn input(
-    outline: &Outline,
     vm: &OutlineVm,
+    rules: &bandwidth::Limits,
     stage: Stage,
     problems: &mut Vec<String>,
 ) -> Option<InputVm> {
@@ -158,7 +164,7 @@ fn input(
                 let size = float(memory.0) + known.disk.map_or(0.0, |disk| float(disk.0));
                 (
                     size,
-                    working_set.map_or(f64::INFINITY, |set| cap(outline, size, set)),
+                    working_set.map_or(f64::INFINITY, |set| cap(rules, size, set)),
                 )
             }
             None => {
@@ -181,10 +187,10 @@ fn input(
 }
 
 /// C = min(M + N·α·W, β·M + W) (VMbuddies 3.3.1, Eq. 7).
-fn cap(outline: &Outline, memory: f64, working_set: f64) -> f64 {
-    let rounds = f64::from(outline.termination.max_rounds);
-    let by_rounds = memory + rounds * RESENT * working_set;
-    by_rounds.min(outline.termination.max_memory_factor * memory + working_set)
+fn cap(rules: &bandwidth::Limits, memory: f64, working_set: f64) -> f64 {
+    let rounds = f64::from(rules.max_rounds);
+    let by_rounds = memory + rounds * rules.resent_share * working_set;
+    by_rounds.min(rules.traffic_factor * memory + working_set)
 }
 
 /// The bandwidth, and every link, interface and disk that a VM passes.

@@ -9,6 +9,7 @@
 //! the mean dirty rates, which is what held VMs take, leave a tenth of the bandwidth free: the
 //! release waits for a moment at which what remains fits.
 
+use crate::scheduler::bandwidth;
 use crate::scheduler::group::{ByDelayedStart, GroupTime};
 use crate::scheduler::order::{AUTO_EXACT_UP_TO, Search};
 use crate::scheduler::schedule::{Limits, Load, Schedule, best_order, by_start};
@@ -25,6 +26,7 @@ pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Dr
     let time = Fastest {
         sent,
         limits: &inputs.limits,
+        rules: &inputs.rules,
         delayed: ByDelayedStart::new(&loads, &inputs.limits),
     };
     let few = sent.len() <= AUTO_EXACT_UP_TO && search != Search::Large;
@@ -38,7 +40,7 @@ pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Dr
     let mut notes = Vec::new();
     let mut schedules = Vec::new();
     for group in &ordered.groups {
-        let found = fastest(sent, &loads, &inputs.limits, group);
+        let found = time.fastest(&loads, group);
         let (name, schedule) = found.ok_or_else(|| not_together(inputs))?;
         let names = group.iter().map(|&vm| inputs.vms[vm].name.as_str());
         if group.len() > 1 {
@@ -61,34 +63,40 @@ fn holdable(sent: &[Sent], limits: &Limits, group: &[usize]) -> bool {
     limits.hold(dirty.map(|(vm, rate)| (vm, rate / HELD_PART)))
 }
 
-/// The fastest scheme of a group, with its name.
-fn fastest(
-    sent: &[Sent],
-    loads: &[Load],
-    limits: &Limits,
-    group: &[usize],
-) -> Option<(&'static str, Schedule)> {
-    let held = holdable(sent, limits, group);
-    let order = by_start(loads, group);
-    let schemes = [
-        ("LLL's order", lll(sent, limits, group).filter(|_| held)),
-        (
-            "OBA",
-            oba(sent, limits, group).filter(|_| held && group.len() > 1),
-        ),
-        ("delayed starts", best_order(loads, limits, &order)),
-    ];
-    let converging = schemes
-        .into_iter()
-        .filter_map(|(name, schedule)| Some((name, schedule?)));
-    converging.min_by(|a, b| a.1.duration_s.total_cmp(&b.1.duration_s))
-}
-
 /// A group's time by the fastest scheme, for the search.
 struct Fastest<'a> {
     sent: &'a [Sent],
     limits: &'a Limits,
+    rules: &'a bandwidth::Limits,
     delayed: ByDelayedStart<'a>,
+}
+
+impl Fastest<'_> {
+    /// LLL and OBA, where the group can be held.
+    fn held(&self, group: &[usize]) -> [Option<Schedule>; 2] {
+        if !holdable(self.sent, self.limits, group) {
+            return [None, None];
+        }
+        // A VM alone is the same by both.
+        let together = || oba(self.sent, self.limits, self.rules, group);
+        let together = (group.len() > 1).then(together).flatten();
+        [lll(self.sent, self.limits, group), together]
+    }
+
+    /// The fastest schedule of a group, with its scheme's name.
+    fn fastest(&self, loads: &[Load], group: &[usize]) -> Option<(&'static str, Schedule)> {
+        let [lll, oba] = self.held(group);
+        let delayed = best_order(loads, self.limits, &by_start(loads, group));
+        let schemes = [
+            ("LLL's order", lll),
+            ("OBA", oba),
+            ("delayed starts", delayed),
+        ];
+        let converging = schemes
+            .into_iter()
+            .filter_map(|(name, schedule)| Some((name, schedule?)));
+        converging.min_by(|a, b| a.1.duration_s.total_cmp(&b.1.duration_s))
+    }
 }
 
 impl GroupTime for Fastest<'_> {
@@ -97,16 +105,9 @@ impl GroupTime for Fastest<'_> {
     }
 
     fn duration(&self, group: &[usize]) -> f64 {
-        let delayed = self.delayed.duration(group);
-        if !holdable(self.sent, self.limits, group) {
-            return delayed;
-        }
-        let time = |schedule: Option<Schedule>| {
-            schedule.map_or(f64::INFINITY, |schedule| schedule.duration_s)
-        };
-        delayed
-            .min(time(lll(self.sent, self.limits, group)))
-            .min(time(oba(self.sent, self.limits, group)))
+        let held = self.held(group).into_iter().flatten();
+        held.map(|schedule| schedule.duration_s)
+            .fold(self.delayed.duration(group), f64::min)
     }
 
     fn order(&self) -> Vec<usize> {

@@ -25,7 +25,7 @@ pub(super) fn draft(inputs: &Inputs, policy: Policy, search: Search) -> Result<D
         }
         Policy::Parallel => at_once(inputs, &sent),
         Policy::Lll => together(inputs, lll(&sent, &inputs.limits, &all)),
-        Policy::Vmbuddies => together(inputs, oba(&sent, &inputs.limits, &all)),
+        Policy::Vmbuddies => together(inputs, oba(&sent, &inputs.limits, &inputs.rules, &all)),
         Policy::Comma => comma(inputs, search),
         Policy::Muster => muster::draft(inputs, &sent, search),
     }
@@ -35,6 +35,8 @@ fn sent(inputs: &Inputs) -> Vec<Sent> {
     let vms = inputs.vms.iter().map(|vm| Sent {
         load: vm.load,
         cap: vm.cap,
+        // Where nothing bounds what is sent, neither does the working set.
+        working_set: vm.working_set.filter(|_| vm.cap.is_finite()),
     });
     vms.collect()
 }

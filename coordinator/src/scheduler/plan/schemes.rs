@@ -4,6 +4,7 @@
 //! and never more than cap / r, where a writable working set bounds what can be dirtied
 //! (VMbuddies 3.3.1). COMMA's scheme, delayed starts, is in [`schedule`](super::super::schedule).
 
+use crate::scheduler::bandwidth::{self, VmLoad};
 use crate::scheduler::schedule::{Limits, Load, Schedule, VmSchedule};
 
 /// A VM as these models see it.
@@ -13,6 +14,8 @@ pub struct Sent {
     pub load: Load,
     /// What is sent at most, in bytes; infinite without a known working set.
     pub cap: f64,
+    /// The writable working set, where it is known, in bytes.
+    pub working_set: Option<f64>,
 }
 
 impl Sent {
@@ -77,58 +80,30 @@ pub fn lll(sent: &[Sent], limits: &Limits, group: &[usize]) -> Option<Schedule> 
 /// All at once, each from the start at the rate with which all finish together (VMbuddies 3.3).
 /// Nothing where that never ends.
 #[must_use]
-pub fn oba(sent: &[Sent], limits: &Limits, group: &[usize]) -> Option<Schedule> {
-    let rate = |vm: usize, time: f64| {
-        let Sent { load, cap } = sent[vm];
-        if load.left_bytes <= 0.0 {
-            return load.dirty_rate;
-        }
-        (load.dirty_rate + load.left_bytes / time).min(cap / time)
-    };
-    let fits = |time: f64| limits.hold(group.iter().map(|&vm| (vm, rate(vm, time))));
-    let all: f64 = group.iter().map(|&vm| sent[vm].load.left_bytes).sum();
-    let mut low = all / limits.bandwidth;
-    if all <= 0.0 {
-        return Some(steady(group, 0.0, |_| 0.0));
-    }
-    if fits(low) {
-        return Some(steady(group, low, |vm| rate(vm, low)));
-    }
-    let mut high = low * 2.0;
-    while !fits(high) {
-        high *= 2.0;
-        if high > low * 1e12 {
-            return None;
-        }
-    }
-    // The rates fall with the time: one root.
-    while high - low > 1e-13 * high {
-        let middle = f64::midpoint(low, high);
-        if middle <= low || middle >= high {
-            break;
-        }
-        if fits(middle) {
-            high = middle;
-        } else {
-            low = middle;
-        }
-    }
-    // The last of the error of the root goes, so that nothing is above the bandwidth.
-    let sum: f64 = group.iter().map(|&vm| rate(vm, high)).sum();
-    let scale = (limits.bandwidth / sum).min(1.0);
-    Some(steady(group, high, |vm| rate(vm, high) * scale))
-}
-
-fn steady(group: &[usize], duration_s: f64, rate: impl Fn(usize) -> f64) -> Schedule {
-    let vms = group.iter().map(|&vm| VmSchedule {
+pub fn oba(
+    sent: &[Sent],
+    limits: &Limits,
+    rules: &bandwidth::Limits,
+    group: &[usize],
+) -> Option<Schedule> {
+    let vms = group.iter().map(|&vm| VmLoad {
+        remaining_bytes: sent[vm].load.left_bytes,
+        dirty_rate_bytes_per_s: sent[vm].load.dirty_rate,
+        threshold_bytes: 0.0,
+        working_set_bytes: sent[vm].working_set,
+    });
+    let vms: Vec<VmLoad> = vms.collect();
+    let all = bandwidth::allocate_within(&limits.capacity(group), &vms, rules).ok()?;
+    let rates = group.iter().zip(&all.rates_bytes_per_s);
+    let vms = rates.map(|(&vm, &rate)| VmSchedule {
         vm,
         start_s: 0.0,
-        bandwidth: vec![(0.0, rate(vm))],
+        bandwidth: vec![(0.0, rate)],
     });
-    Schedule {
-        duration_s,
+    Some(Schedule {
+        duration_s: all.completion_s,
         vms: vms.collect(),
-    }
+    })
 }
 
 /// All at once, each with its least rate and an equal part of the rest, and each finishing when it
@@ -152,6 +127,7 @@ pub fn parallel(sent: &[Sent], limits: &Limits, least: &[f64]) -> Option<Vec<Sch
                     ..sent[vm].load
                 },
                 cap: (sent[vm].cap - carried[vm]).max(0.0),
+                ..sent[vm]
             };
             now.time(rates[index])
         };

@@ -1,5 +1,9 @@
 //! What limits a set of VMs: the bandwidth, and narrower places that only some of them pass.
 
+use rate_limiter::BytesPerSecond;
+
+use crate::capacity::{self, Capacity};
+
 /// Relative error that sums of rates may have.
 pub const ROUNDING: f64 = 1e-12;
 
@@ -28,6 +32,27 @@ impl Limits {
         Self {
             bandwidth,
             cuts: Vec::new(),
+        }
+    }
+
+    /// The same for a group: members of a cut are positions in `group`.
+    #[must_use]
+    pub fn capacity(&self, group: &[usize]) -> Capacity {
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "rates are positive and far below 2^63"
+        )]
+        let rate = |rate: f64| BytesPerSecond(rate as u64);
+        let cuts = self.cuts.iter().map(|cut| capacity::Cut {
+            rate: rate(cut.rate),
+            members: (0..group.len())
+                .filter(|&index| cut.crossed_by[group[index]])
+                .collect(),
+        });
+        Capacity {
+            bandwidth: rate(self.bandwidth),
+            cuts: cuts.filter(|cut| !cut.members.is_empty()).collect(),
         }
     }
 
