@@ -4,7 +4,7 @@
 //!    Each is cut up anew by [`polish::split`], which is optimal for a given order of VMs.
 //! 2. [`anneal`] from the best of them: VMs change groups or swap, groups merge, split, and change
 //!    places; only what changes is computed ([`state`]).
-//! 3. [`polish`]: optimal splits again, then optimal windows of up to 12 VMs until none helps.
+//! 3. [`polish`]: optimal splits again, then optimal windows of up to 12 VMs (10 where there are many).
 //!
 //! The same problem gives the same answer: random numbers come from a fixed seed, and effort is
 //! counted in work, not in time.

@@ -7,6 +7,10 @@ use crate::scheduler::schedule::ROUNDING;
 
 /// VMs in a window: 3^12 steps each.
 const WINDOW: usize = 12;
+/// Above so many VMs there are too many windows for that.
+const MANY: usize = 300;
+/// VMs in a window then: a ninth of the steps.
+const SMALL_WINDOW: usize = 10;
 /// How often all windows are looked at.
 const PASSES: usize = 3;
 
@@ -97,13 +101,18 @@ fn cuts<T: GroupTime>(problem: &Problem<'_, T>, line: &[usize]) -> Vec<f64> {
 /// Orders every window of groups anew; whether one got better.
 fn windows<T: GroupTime>(problem: &Problem<'_, T>, groups: &mut Vec<Vec<usize>>) -> bool {
     let place = places(problem.time);
+    let most = if problem.time.vms() > MANY {
+        SMALL_WINDOW
+    } else {
+        WINDOW
+    };
     let mut better = false;
     let mut begin = 0;
     let mut done = 0;
     while begin < groups.len() {
         let mut end = begin;
         let mut size = 0;
-        while end < groups.len() && size + groups[end].len() <= WINDOW {
+        while end < groups.len() && size + groups[end].len() <= most {
             size += groups[end].len();
             end += 1;
         }
