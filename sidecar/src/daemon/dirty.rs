@@ -8,8 +8,9 @@ use mio::Token;
 use serde_json::{Value, json};
 
 use super::control::{check_name, refuse};
-use super::halves::{flush_monitor, vm_info};
+use super::halves::flush_monitor;
 use super::net::{Moved, Socket, read_some};
+use super::probes::vm_info;
 use super::storage::Asker;
 use super::{Daemon, Slot, log};
 use crate::dirty::log::{Log, limits};

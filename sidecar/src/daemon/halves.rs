@@ -1,36 +1,29 @@
-//! The QEMUs of VMs in runs: their monitors, their processes, and taking them over after a restart.
+//! The QEMUs of VMs in runs: their monitors and their processes.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::Child;
-use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
 use rate_limiter::LeafId;
-use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::channel::{Channel, HalfKey};
 use super::direct::Direct;
 use super::direct_pace::Stream;
 use super::net::{Moved, RateMeter, Socket, read_some, write_some};
-use super::process::{self, Process};
-use super::storage::{Asker, Job};
+use super::process::Process;
+use super::storage::Job;
 use super::tcp::send_with_descriptor;
-use super::{Daemon, Entry, Slot, log};
+use super::{Daemon, Slot, log};
 use crate::migration::Now;
-use crate::migration::destination::Destination;
-use crate::migration::identity::{Identity, Question};
-use crate::migration::source::{Settings, Source};
-use crate::notes::{self, Note, NoteVm};
-use crate::protocol::codec::CommandError;
-use crate::protocol::types::{QemuBuild, Role, Transport, VmInfo};
-use crate::qmp::{QmpClient, QmpMessage};
+use crate::protocol::types::Role;
+use crate::qmp::QmpClient;
 use crate::relay::hello::Token as StreamToken;
-use crate::run::{Run, VmHalf};
+use crate::run::VmHalf;
 
 /// What a half has outside of its machine.
 #[derive(Debug)]
@@ -114,20 +107,6 @@ impl HalfIo {
     }
 }
 
-/// A `query-vm` under way: a short visit to a monitor.
-#[derive(Debug)]
-pub struct Probe {
-    /// It must be over by then.
-    pub by: Instant,
-    vm: String,
-    asker: Option<Asker>,
-    socket: Socket,
-    client: QmpClient<Question>,
-    identity: Identity,
-}
-
-const PROBE_DEADLINE: Duration = Duration::from_millis(2500);
-
 impl Daemon {
     pub(super) fn connect_monitor(&mut self, now: Now, key: HalfKey) {
         let token = self.token(Slot::Monitor(key));
@@ -166,7 +145,7 @@ impl Daemon {
         }
     }
 
-    fn watch_process(&mut self, key: HalfKey, process: Process) {
+    pub(super) fn watch_process(&mut self, key: HalfKey, process: Process) {
         let token = self.token(Slot::Process(key));
         let fd = process.fd.as_raw_fd();
         let registered =
@@ -220,7 +199,7 @@ impl Daemon {
     }
 
     /// How the incoming QEMU of this VM is started.
-    fn incoming_arguments(&self, name: &str) -> Vec<String> {
+    pub(super) fn incoming_arguments(&self, name: &str) -> Vec<String> {
         let qmp = self.config.qmp_path(name).display().to_string();
         let template = self.config.vm(name).map_or(&[][..], |vm| &vm.incoming);
         template
@@ -440,160 +419,8 @@ impl Daemon {
         }
     }
 
-    /// After a restart: adopts every run of which a note is left.
-    pub(super) fn take_over(&mut self) -> anyhow::Result<()> {
-        let (notes, problems) = notes::load(&self.config.state_dir.join("runs"))?;
-        for problem in problems {
-            log(&problem);
-            self.alarms.push(problem);
-        }
-        let now = super::now();
-        for note in notes {
-            log(&format!(
-                "run {}: taking over {} VM(s)",
-                note.run,
-                note.vms.len()
-            ));
-            self.adopt(now, &note);
-        }
-        Ok(())
-    }
-
-    fn adopt(&mut self, now: Now, note: &Note) {
-        let lease = Duration::from_millis(note.lease_ms);
-        let mut run = Run::new(now, note.run, note.epoch, note.register.clone(), lease);
-        run.max_downtime = Duration::from_millis(note.max_downtime_ms);
-        run.hold = note.hold;
-        run.lose_coordinator("this sidecar was restarted");
-        let settings = Settings {
-            max_downtime: run.max_downtime,
-            hold: note.hold,
-            throttle: false,
-            multifd_channels: 0,
-            termination: note.termination(),
-            transport: Transport::Relay,
-        };
-        let group = self.pacing.add_group(now.mono, None);
-        let mut io = Vec::new();
-        let mut processes = Vec::new();
-        for vm in &note.vms {
-            run.halves.push(adopt_half(now, vm, settings));
-            if vm.role == Role::Source {
-                // Where QEMU connected to the earlier life.
-                let _ = std::fs::remove_file(outgoing_path(&self.config.runtime_dir, &vm.vm));
-            }
-            io.push(HalfIo::new(
-                vm.qmp.clone().into(),
-                self.incoming_path(&vm.vm),
-                StreamToken([0; 32]),
-            ));
-            let known = vm
-                .process
-                .and_then(|(pid, started)| Process::watch_same(pid, started).ok());
-            // It may have been started just before the earlier life ended.
-            let started = || match vm.role {
-                Role::Destination => process::find_by_arguments(&self.incoming_arguments(&vm.vm)),
-                Role::Source => None,
-            };
-            let process = known.or_else(|| started().and_then(|pid| Process::watch(pid).ok()));
-            processes.push(process);
-        }
-        self.runs.insert(
-            note.run,
-            Entry {
-                run,
-                io,
-                group,
-                owner: None,
-                notes: 0,
-                scheduled: Vec::new(),
-            },
-        );
-        for (half, process) in processes.into_iter().enumerate() {
-            if let Some(process) = process {
-                self.watch_process((note.run, half), process);
-            }
-        }
-    }
-
     pub(super) fn incoming_path(&self, vm: &str) -> PathBuf {
         self.config.runtime_dir.join(format!("{vm}.in"))
-    }
-
-    pub(super) fn start_probe(&mut self, now: Now, vm: String, asker: Asker) {
-        let path = self.config.qmp_path(&vm);
-        let token = self.token(Slot::Probe);
-        let connected = Socket::connect_unix(&path).and_then(|mut socket| {
-            socket.register(self.poll.registry(), token)?;
-            Ok(socket)
-        });
-        match connected {
-            Ok(socket) => {
-                let probe = Probe {
-                    by: now.mono + PROBE_DEADLINE,
-                    vm,
-                    asker: Some(asker),
-                    socket,
-                    client: QmpClient::new(now.mono),
-                    identity: Identity::default(),
-                };
-                self.probes.insert(token.0, probe);
-                self.serve_probe(now, token.0);
-            }
-            Err(error) => {
-                self.slots.remove(&token);
-                let text = format!(
-                    "VM `{vm}` is not on this host: its monitor {} cannot be connected: {error}",
-                    path.display()
-                );
-                self.answer(asker, &Err(CommandError::generic(text)));
-            }
-        }
-    }
-
-    pub(super) fn serve_probe(&mut self, now: Now, id: usize) {
-        let Some(probe) = self.probes.get_mut(&id) else {
-            return;
-        };
-        let Some(result) = probe.step(now) else {
-            return;
-        };
-        let asker = probe.asker.take();
-        self.drop_probe(id);
-        if let Some(asker) = asker {
-            self.answer(asker, &result.map_err(CommandError::generic));
-        }
-    }
-
-    fn drop_probe(&mut self, id: usize) {
-        if let Some(mut probe) = self.probes.remove(&id) {
-            probe.socket.deregister(self.poll.registry());
-            self.slots.remove(&Token(id));
-        }
-    }
-
-    pub(super) fn drop_overdue_probes(&mut self, now: Now) {
-        let late: Vec<usize> = self
-            .probes
-            .iter()
-            .filter(|(_, p)| p.by <= now.mono)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in late {
-            let Some(probe) = self.probes.get_mut(&id) else {
-                continue;
-            };
-            let text = probe.client.overdue(now.mono).map_or_else(
-                || "QEMU does not answer on its monitor".to_owned(),
-                |error| error.to_string(),
-            );
-            let text = format!("VM `{}`: {text}", probe.vm);
-            let asker = probe.asker.take();
-            self.drop_probe(id);
-            if let Some(asker) = asker {
-                self.answer(asker, &Err(CommandError::generic(text)));
-            }
-        }
     }
 }
 
@@ -617,22 +444,6 @@ pub(super) fn flush_monitor<T>(
     }
 }
 
-/// What `query-vm` says of a QEMU.
-pub(super) fn vm_info(vm: &str, identity: &Identity) -> VmInfo {
-    VmInfo {
-        vm: vm.to_owned(),
-        uuid: identity.uuid,
-        status: identity.status.clone(),
-        memory_bytes: identity.memory_bytes,
-        machine: identity.machine.clone(),
-        qemu_version: identity.version.clone(),
-        kvm: identity.kvm,
-        can_hold: identity.has_capability("switchover-ack")
-            || identity.build() == QemuBuild::Patched,
-        qemu_build: identity.build(),
-    }
-}
-
 /// Where a source's QEMU connects with its stream.
 pub(super) fn outgoing_path(runtime_dir: &std::path::Path, vm: &str) -> PathBuf {
     runtime_dir.join(format!("{vm}.out"))
@@ -643,85 +454,5 @@ fn remove_if_unserved(path: &std::path::Path) {
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
     if Socket::connect_unix(path).is_err_and(refused) {
         let _ = std::fs::remove_file(path);
-    }
-}
-
-fn adopt_half(now: Now, vm: &NoteVm, settings: Settings) -> VmHalf {
-    let name = vm.vm.clone();
-    match vm.role {
-        Role::Source => VmHalf::Source(Box::new(Source::adopt(
-            now,
-            name,
-            vm.uuid,
-            settings,
-            vm.released,
-            vm.originals.clone(),
-            vm.was_running,
-        ))),
-        Role::Destination => VmHalf::Destination(Box::new(Destination::adopt(
-            now,
-            name,
-            vm.uuid,
-            settings,
-            vm.was_running,
-            vm.originals.clone(),
-        ))),
-    }
-}
-
-impl Probe {
-    /// Moves bytes; the answer when there is one.
-    fn step(&mut self, now: Now) -> Option<Result<Value, String>> {
-        let mut buffer = [0; 16384];
-        let mut closed = None;
-        loop {
-            match read_some(&mut self.socket, &mut buffer) {
-                Moved::Bytes(n) => self.client.receive(&buffer[..n]),
-                Moved::Blocked => break,
-                Moved::End => {
-                    closed = Some(io::Error::from(io::ErrorKind::UnexpectedEof));
-                    break;
-                }
-                Moved::Broken(error) => {
-                    closed = Some(error);
-                    break;
-                }
-            }
-        }
-        loop {
-            match self.client.poll(now.mono) {
-                Ok(Some(QmpMessage::Ready { version, .. })) => {
-                    self.identity = Identity::new(version);
-                    for question in Question::ALL {
-                        let (command, arguments) = question.command();
-                        self.client
-                            .send(now.mono, question, command, arguments, PROBE_DEADLINE);
-                    }
-                }
-                Ok(Some(QmpMessage::Reply {
-                    tag,
-                    result: Ok(value),
-                })) => {
-                    if self.identity.answer(tag, &value) {
-                        return Some(Ok(json!(vm_info(&self.vm, &self.identity))));
-                    }
-                }
-                Ok(Some(QmpMessage::Reply {
-                    result: Err(error), ..
-                })) => {
-                    return Some(Err(format!("VM `{}`: QEMU says: {error}", self.vm)));
-                }
-                Ok(Some(QmpMessage::Event { .. })) => {}
-                Ok(None) => break,
-                Err(error) => return Some(Err(format!("VM `{}`: {error}", self.vm))),
-            }
-        }
-        while !self.client.output().is_empty() {
-            match write_some(&mut self.socket, self.client.output()) {
-                Moved::Bytes(n) => self.client.written(n),
-                _ => break,
-            }
-        }
-        closed.map(|error| Err(format!("VM `{}`: its monitor closed: {error}", self.vm)))
     }
 }

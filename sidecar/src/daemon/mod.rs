@@ -11,8 +11,10 @@
 //! - `link`: asking another sidecar's register.
 //! - `dirty`: measurements of VMs; `scanner` reads their logs on a thread of its own.
 
+mod adopt;
 mod answers;
 mod channel;
+mod clients;
 mod control;
 mod direct;
 mod direct_pace;
@@ -20,6 +22,7 @@ mod dirty;
 mod halves;
 mod link;
 mod net;
+mod probes;
 mod process;
 mod programs;
 mod scanner;
@@ -50,10 +53,11 @@ use crate::migration::{Now, Output};
 use crate::protocol::event::Event;
 use crate::run::{Ask, Run, RunOutput};
 use channel::{Channel, HalfKey};
-use control::Client;
+use clients::Client;
 use dirty::Measuring;
-use halves::{HalfIo, Probe};
+use halves::HalfIo;
 use link::Link;
+use probes::Probe;
 use process::Process;
 use programs::Programs;
 use scanner::Scanner;
@@ -200,7 +204,7 @@ impl Daemon {
             .context("the stream address")?
             .to_string();
         // Last: who can connect to it finds everything else in place.
-        let control_unix = control::listen_unix(&config.control.unix)?;
+        let control_unix = clients::listen_unix(&config.control.unix)?;
         let start = Instant::now();
         let programs = Programs::ask(&config);
         let pacing = Hierarchy::new(start, config.limits.link);
