@@ -3,7 +3,7 @@
 //! The hierarchy of limits decides the numbers, here as for relayed streams, which it grants their
 //! bytes one by one. What a direct stream sends is charged to it, so that both kinds share a link.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
@@ -21,6 +21,9 @@ use crate::sys;
 
 /// How often shares are worked out anew, and progress is looked at.
 const TICK: Duration = Duration::from_millis(50);
+
+/// What a stream may send at that is not to wait: where a burst of 64 KiB goes in 4 ms.
+const LIVELY: u64 = 16_000_000;
 
 /// The socket of a stream, which QEMU has too.
 #[derive(Debug)]
@@ -115,6 +118,7 @@ impl Daemon {
     pub(super) fn pace_direct(&mut self, now: Now) -> Option<Instant> {
         let mut demands: HashMap<LeafId, Demand> = HashMap::new();
         let mut charges = Vec::new();
+        let mut lively: HashSet<LeafId> = HashSet::new();
         let mut stalled: Vec<HalfKey> = Vec::new();
         let mut any = false;
         for (run, entry) in &mut self.runs {
@@ -133,6 +137,9 @@ impl Daemon {
                         stalled.push((*run, index));
                     }
                     let (demand, moved) = stream.appetite.observe(now.mono, seen, stream.pace);
+                    if demand.most.is_some() || source.is_about_to_stop() {
+                        lively.insert(leaf);
+                    }
                     let urgent = source.is_urgent();
                     let most = demand.most.filter(|_| !urgent);
                     demands.insert(leaf, Demand { most, ..demand });
@@ -155,14 +162,18 @@ impl Daemon {
         for (leaf, moved) in charges {
             self.pacing.charge(now.mono, leaf, moved);
         }
-        for (leaf, rate) in self.pacing.allot(|leaf| demands.get(&leaf).copied()) {
+        let allotted = self.pacing.allot(|leaf| demands.get(&leaf).copied());
+        let least = lively_pace(&allotted);
+        for (leaf, rate) in allotted {
+            let limit = self.pacing.leaf_limit(leaf).map_or(u64::MAX, |l| l.0);
             let Some((run, half)) = self.leaves.get(&leaf).copied() else {
                 continue;
             };
             let entry = self.runs.get_mut(&run);
             let stream = entry.and_then(|entry| entry.io[half].direct.stream.as_mut());
             if let Some(stream) = stream {
-                stream.set_pace(rate.map(|rate| rate.0));
+                let least = if lively.contains(&leaf) { least } else { 0 };
+                stream.set_pace(rate.map(|rate| rate.0.max(least.min(limit))));
             }
         }
         for key in stalled {
@@ -171,4 +182,15 @@ impl Daemon {
         }
         Some(now.mono + TICK)
     }
+}
+
+/// The least pace of streams that send little, or whose VM is about to stop. The kernel works out
+/// when a socket may send again as it sends, and a higher pace comes too late for that: at a light
+/// one's share the next burst would wait for tens of milliseconds, and with it the VM's release. That
+/// such streams may exceed their shares is bounded: all together send at most twice what they may.
+fn lively_pace(allotted: &[(LeafId, Option<BytesPerSecond>)]) -> u64 {
+    let limited = || allotted.iter().filter_map(|(_, rate)| *rate);
+    let sum = limited().fold(0_u64, |sum, rate| sum.saturating_add(rate.0));
+    let count = limited().count() as u64;
+    (sum / (count + 1)).saturating_mul(2).min(LIVELY)
 }

@@ -289,6 +289,12 @@ impl Source {
         self.half.phase() == Phase::Switching
     }
 
+    /// Whether it is to stop at any moment, or has stopped and waits for the others.
+    #[must_use]
+    pub fn is_about_to_stop(&self) -> bool {
+        matches!(self.half.phase(), Phase::Armed | Phase::Stopped)
+    }
+
     /// Whether all of its stream has been taken.
     #[must_use]
     pub fn has_completed(&self) -> bool {
