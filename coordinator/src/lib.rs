@@ -19,6 +19,7 @@
 //! - [`preflight`], [`status`], [`operate`]: `muster check`, `status`, `abort`, `recover`.
 //! - [`scheduler`]: predicts, allocates, groups, orders; simulates.
 //! - [`dirty`]: `muster dirty`, how a VM dirties its memory.
+//! - [`simulation`]: `muster simulate`: the papers' set-ups, and files, in virtual time.
 //! - [`report`]: what a move did; table, picture.
 
 #![forbid(unsafe_code)]
@@ -38,6 +39,7 @@ pub mod preflight;
 pub mod report;
 pub mod scheduler;
 pub mod screen;
+pub mod simulation;
 pub mod status;
 
 pub use application::Application;

@@ -4,6 +4,7 @@ pub mod assemble;
 #[cfg(test)]
 pub(crate) mod example;
 pub mod planned;
+pub mod simulated;
 pub mod table;
 pub mod timeline;
 

@@ -4,6 +4,7 @@ mod dirty;
 mod plan;
 mod show;
 mod signals;
+mod simulate;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -61,6 +62,8 @@ enum Action {
     },
     /// Says what each policy would do, and what it would cost, without touching any VM.
     Plan(plan::Options),
+    /// Moves an application in virtual time: a paper's set-up beside the paper's figures, or a file.
+    Simulate(simulate::Options),
     /// Shows what the sidecars are doing.
     Status {
         /// The application file.
@@ -147,6 +150,7 @@ fn act(action: Action) -> anyhow::Result<u8> {
             svg,
         } => run(&file, policy, json.as_deref(), svg.as_deref()),
         Action::Plan(options) => plan::plan(&options),
+        Action::Simulate(options) => simulate::simulate(&options),
         Action::Status { file, watch, json } => status(&file, watch, json),
         Action::Abort { file, run } => settle(&file, run, &Wish::Abort),
         Action::Recover {

@@ -8,4 +8,5 @@ pub mod order;
 pub mod phases;
 pub mod plan;
 pub mod predict;
+pub(crate) mod random;
 pub mod schedule;

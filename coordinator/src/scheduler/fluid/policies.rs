@@ -158,6 +158,8 @@ pub struct Timetable {
     groups: Vec<(GroupTimetable, Hold)>,
     current: usize,
     began_s: f64,
+    /// Rates of all VMs until the first group begins.
+    before: Vec<f64>,
 }
 
 impl Timetable {
@@ -175,12 +177,33 @@ impl Timetable {
             groups: groups.into_iter().map(with_hold).collect(),
             current: 0,
             began_s: 0.0,
+            before: Vec::new(),
         })
+    }
+
+    /// The first group begins at `begin_s`; until then each VM has the rate in `rates` (COMMA's stage
+    /// one).
+    #[must_use]
+    pub fn after(self, rates_bytes_per_s: Vec<f64>, begin_s: f64) -> Self {
+        Self {
+            began_s: begin_s,
+            before: rates_bytes_per_s,
+            ..self
+        }
     }
 }
 
 impl Policy for Timetable {
     fn decide(&mut self, view: &View<'_>, orders: &mut Orders) {
+        if !self.before.is_empty() {
+            if view.now_s < self.began_s {
+                orders.limits_bytes_per_s.clone_from(&self.before);
+                orders.wake_s = self.began_s;
+                return;
+            }
+            self.before.clear();
+            orders.limits_bytes_per_s.fill(0.0);
+        }
         let is_done = |group: &GroupTimetable| {
             let stages = group.iter().map(|(vm, _)| view.vms[*vm].stage);
             stages.into_iter().all(|stage| stage == Stage::Done)

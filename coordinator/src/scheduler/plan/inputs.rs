@@ -123,8 +123,21 @@ impl Inputs {
         (vm.load.dirty_rate * HELD_SYNC_S).min(all)
     }
 
+    /// What the VMs say to each other.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// What limits the VMs.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// The VMs' loads.
-    pub(super) fn loads(&self) -> Vec<Load> {
+    #[must_use]
+    pub fn loads(&self) -> Vec<Load> {
         self.vms.iter().map(|vm| vm.load).collect()
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::scheduler::group::GroupTime;
 use crate::scheduler::order::Problem;
+use crate::scheduler::random::Random;
 
 use super::Effort;
 use super::state::State;
@@ -101,28 +102,5 @@ fn step<T: GroupTime>(
         }
         _ if ranks > 1 => state.exchange(random.below(ranks - 1), accept),
         _ => false,
-    }
-}
-
-/// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): enough for annealing, and the same everywhere.
-#[derive(Debug)]
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut word = self.0;
-        word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word ^ word >> 31
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        let product = u128::from(self.next()) * bound as u128;
-        usize::try_from(product >> 64).unwrap_or(0)
-    }
-
-    fn unit(&mut self) -> f64 {
-        ratio(self.next() >> 11, 1 << 53)
     }
 }
