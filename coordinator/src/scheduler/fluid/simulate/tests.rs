@@ -188,6 +188,20 @@ fn a_plan_is_followed_and_waits_for_the_group_before() {
         near(finish, expected.1, 1e-3);
     }
     assert_eq!(found.vms[0].finish_s, found.vms[1].finish_s);
+
+    // COMMA's stage one: rates of all before the first group, none for the second group after that.
+    let groups = vec![
+        vec![(0, vec![(0.0, 10.0 * MB)]), (1, vec![(0.0, 10.0 * MB)])],
+        vec![(2, vec![(0.0, 10.0 * MB)])],
+    ];
+    let all_rates = vec![4.0 * MB, 2.0 * MB, 4.0 * MB];
+    let timetable = Timetable::new(groups, 3, at_once()).unwrap();
+    let found = simulate(&all, &mut timetable.after(all_rates, 10.0)).unwrap();
+    // 60 and 30 MB are left of the first two, 60 MB of the third.
+    for (vm, finish_s) in found.vms.iter().zip([19.0, 19.0, 25.0]) {
+        assert_eq!(vm.start_s, 0.0);
+        near(vm.finish_s, finish_s, 1e-3);
+    }
     assert!(Timetable::new(vec![vec![(0, vec![])]], 2, at_once()).is_err());
     assert!(Sequential::new(vec![0, 0], 2).is_err());
     assert!(Sequential::new(vec![0, 2], 2).is_err());
