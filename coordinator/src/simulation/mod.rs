@@ -9,7 +9,7 @@
 //! - [`case`]: from a case to an application that can be planned;
 //! - [`guests`]: from there to guests, links and a policy for the simulator;
 //! - [`run`]: plans and simulates every approach in every case;
-//! - [`compare`]: ours beside the source's.
+//! - [`mod@compare`]: ours beside the source's.
 //!
 //! ```text
 //! scenarios/*.toml ─► study ─► case ─┬─► scheduler::plan ──┬─► run ─► compare ─► report::simulated

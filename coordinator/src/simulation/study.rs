@@ -363,3 +363,45 @@ impl Study {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_named_study_is_sound_and_says_what_is_open() {
+        for (name, _) in NAMED {
+            let study = named(name).expect("there").expect("sound");
+            assert!(
+                !study.open.is_empty() && !study.approach.is_empty(),
+                "{name}"
+            );
+            assert!(study.table.len() + study.claim.len() > 0, "{name}");
+            assert_eq!(study.name, name);
+        }
+        assert!(named("comma-table-4").is_none());
+    }
+
+    #[test]
+    fn what_fits_no_case_or_approach_is_refused() {
+        let (name, text) = NAMED[1];
+        for (from, to, needle) in [
+            (
+                "\"50 clients\" = [265",
+                "\"5 clients\" = [265",
+                "fits no case",
+            ),
+            (", 0.2]", "]", "fits no case"),
+            (
+                "name = \"comma\"",
+                "name = \"other\"",
+                "no approach `comma`",
+            ),
+            ("policy = \"comma\"", "policy = \"coma\"", "is no policy"),
+            ("fitted = true", "fited = true", "fited"),
+        ] {
+            let error = Study::parse(name, &text.replace(from, to)).expect_err(to);
+            assert!(error.to_string().contains(needle), "{error}");
+        }
+    }
+}
