@@ -81,6 +81,13 @@ impl Capacity {
         cuts.fold(all, Duration::max)
     }
 
+    /// The group's bandwidth as a number, in bytes per second.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss, reason = "rates far below 2^53")]
+    pub fn bandwidth_f64(&self) -> f64 {
+        self.bandwidth.0 as f64
+    }
+
     /// The rate that the whole group can reach: the bandwidth, or less where all share a cut.
     #[must_use]
     pub fn rate(&self, members: usize) -> BytesPerSecond {

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::application::{Application, HostId, OnPartial, VmId};
 use crate::capacity::Capacity;
 use crate::engine::{GroupRun, GroupSpec, Limits, Member, Output, VmProgress};
-use crate::policy::{Concurrency, Plan};
+use crate::policy::{Concurrency, Plan, PlannedGroup};
 use crate::report::Outcome;
 
 /// What a group was started for.
@@ -372,7 +372,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
     fn start(&mut self, now: Duration, planned: usize, purpose: Purpose) {
         let app = self.app;
         let back = purpose == Purpose::Return;
-        let vms = self.plan.groups[planned].clone();
+        let PlannedGroup { vms, scheme } = self.plan.groups[planned].clone();
         let ends: Vec<(VmId, HostId, HostId)> = vms
             .iter()
             .map(|&id| {
@@ -395,6 +395,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 token: self.random.token(),
                 machine: self.machines.get(&id).cloned(),
                 transport: self.transports.get(&id).copied().unwrap_or_default(),
+                profile: app.vm(id).profile,
             })
             .collect();
         let spec = GroupSpec {
@@ -404,6 +405,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             register: app.register,
             register_address: app.host(app.register).control.to_string(),
             hold: self.plan.hold,
+            scheme,
             limits: limits(app),
             capacity: Capacity::of(app, &ends),
         };

@@ -66,6 +66,7 @@ pub fn run(
     let plan = plan(app, policy).map_err(|error| RunError::Preflight {
         problems: vec![error.to_string()],
     })?;
+    let notes = plan.notes.clone();
     let client = Client::connect(app, &app.hosts_involved());
     let facts = preflight::gather(app, &client);
     let verdict = preflight::judge(app, policy, &facts);
@@ -98,7 +99,9 @@ pub fn run(
     drive.forget();
     let outcome = drive.conductor.outcome().unwrap_or(Outcome::NeedsAttention);
     let mut report = assemble(app, policy, outcome, drive.conductor.started(), drive.times);
-    report.notices.splice(0..0, verdict.notes);
+    report
+        .notices
+        .splice(0..0, verdict.notes.into_iter().chain(notes));
     Ok(report)
 }
 

@@ -44,7 +44,7 @@ pub struct DemoOptions {
     /// A guest, NAME:MEMORY:DIRTY_RATE:WORKING_SET (repeated); default: web, app and db.
     #[arg(long = "vm", value_name = "VM")]
     pub vms: Vec<GuestSpec>,
-    /// A policy: sequential, parallel or muster (repeated); default: all three.
+    /// A policy: sequential, parallel, lll, vmbuddies or muster (repeated); default: sequential, parallel and muster.
     #[arg(long = "policy", value_name = "P")]
     pub policies: Vec<Policy>,
     /// How often each policy is run.
@@ -129,7 +129,7 @@ pub fn demo(options: &DemoOptions, interrupt: &Interrupt) -> Result<()> {
         );
     }
     let policies = match options.policies.as_slice() {
-        [] => Policy::RUNNABLE.to_vec(),
+        [] => vec![Policy::Sequential, Policy::Parallel, Policy::Muster],
         chosen => chosen.to_vec(),
     };
     let lab = Lab::build(spec, interrupt)?;

@@ -195,7 +195,19 @@ impl Policy {
         Self::Muster,
     ];
     /// Those that `muster run` carries out; the others can be planned.
-    pub const RUNNABLE: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Muster];
+    pub const RUNNABLE: [Self; 5] = [
+        Self::Sequential,
+        Self::Parallel,
+        Self::Lll,
+        Self::Vmbuddies,
+        Self::Muster,
+    ];
+
+    /// Whether VMs are held until their group switches over together.
+    #[must_use]
+    pub fn holds(self) -> bool {
+        !matches!(self, Self::Sequential | Self::Parallel)
+    }
 
     /// As files and flags write it.
     #[must_use]

@@ -1,7 +1,6 @@
 //! Text for `muster check` and `muster status`.
 
 use coordinator::application::{Application, Policy};
-use coordinator::policy::plan;
 use coordinator::preflight::{Facts, Verdict};
 use coordinator::status::HostStatus;
 use rate_limiter::Bytes;
@@ -39,7 +38,7 @@ pub(super) fn checked(
             stock += usize::from(info.qemu_build == QemuBuild::Stock);
         }
     }
-    if stock > 0 && plan(app, policy).is_ok_and(|plan| plan.hold) {
+    if stock > 0 && policy.holds() {
         lines.push(STOCK_COSTS.into());
     }
     lines.push(format!(

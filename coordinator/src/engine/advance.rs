@@ -1,30 +1,20 @@
 //! From `prepare` to the arrival: what is sent when, and what a deadline means in each stage.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use sidecar::protocol::command::{
-    Command, PaceArgs, PaceVm, PrepareArgs, PrepareVm, StartArgs, VmArgs,
-};
+use sidecar::protocol::command::{Command, PrepareArgs, PrepareVm, VmArgs};
 use sidecar::protocol::types::Role;
 
 use super::group::{GroupRun, Stage};
 use super::release::{ARM_WITHIN, LATE_RELEASE, STOP_WITHIN};
 use super::{GroupSpec, Step};
 use crate::application::{HostId, OnNonConvergence};
-use crate::capacity::shares;
 
 const PREPARE_WITHIN: Duration = Duration::from_secs(20);
-const PACE_INTERVAL: Duration = Duration::from_millis(200);
-/// Shares are sent again when one has changed by more than this.
-const PACE_CHANGE: f64 = 0.05;
 
 pub(super) fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
-
-/// Smallest weight sent: everybody gets something. Weights are shares in percent.
-const MIN_WEIGHT: f64 = 1.0;
 
 impl GroupRun {
     /// Begins: both sides are prepared at once.
@@ -122,22 +112,6 @@ impl GroupRun {
         self.stage = Stage::Precopy;
         self.stage_deadline = self.release_deadline();
         self.pace(now);
-        for host in self.sources() {
-            let mut vms = BTreeMap::new();
-            for vm in self.vms.iter().filter(|vm| vm.member.from == host) {
-                vms.insert(
-                    vm.member.name.clone(),
-                    vm.stream.clone().unwrap_or_default(),
-                );
-            }
-            let args = self.args();
-            let start = StartArgs {
-                run: args.run,
-                epoch: args.epoch,
-                vms,
-            };
-            self.send(now, host, Command::Start(start));
-        }
         self.step(Step::Started);
     }
 
@@ -160,59 +134,6 @@ impl GroupRun {
         Some(self.begun_at.saturating_add(limit))
     }
 
-    /// Sends each source host its limit and its VMs' shares, where they have changed.
-    pub(super) fn pace(&mut self, now: Duration) {
-        let demands: Vec<_> = self.vms.iter().map(super::halves::VmRun::demand).collect();
-        let rate = self.spec.capacity.rate(self.vms.len());
-        let shares = shares(rate, &demands);
-        if let Some((at, last)) = &self.paced {
-            let changed = last
-                .iter()
-                .zip(&shares)
-                .any(|(old, new)| (old - new).abs() > PACE_CHANGE * old.abs());
-            if !changed || now < *at + PACE_INTERVAL {
-                return;
-            }
-        }
-        self.send_shares(now, &shares, false);
-        self.paced = Some((now, shares));
-    }
-
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        clippy::cast_precision_loss,
-        reason = "a share of a rate is a rate"
-    )]
-    pub(super) fn send_shares(&mut self, now: Duration, shares: &[f64], lift_limits: bool) {
-        let rate = self.spec.capacity.rate(self.vms.len()).0;
-        let whole: f64 = shares.iter().sum();
-        for host in self.sources() {
-            let mut vms = BTreeMap::new();
-            let mut of_host = 0.0;
-            for (vm, share) in self.vms.iter().zip(shares) {
-                if vm.member.from == host {
-                    of_host += share;
-                    let pace = PaceVm {
-                        bytes_per_s: lift_limits.then_some(0),
-                        weight: Some((share / whole.max(1.0) * 100.0).max(MIN_WEIGHT)),
-                    };
-                    vms.insert(vm.member.name.clone(), pace);
-                }
-            }
-            let limit = (rate as f64 * of_host / whole.max(1.0)).round() as u64;
-            let args = self.args();
-            let pace = PaceArgs {
-                run: args.run,
-                epoch: args.epoch,
-                group_bytes_per_s: Some(limit.clamp(1, rate.max(1))),
-                vms,
-                at_ms: None,
-            };
-            self.send(now, host, Command::Pace(pace));
-        }
-    }
-
     /// The stage's deadline has passed.
     pub(super) fn stage_overdue(&mut self, now: Duration) {
         let limits = self.spec.limits;
@@ -228,6 +149,7 @@ impl GroupRun {
             Stage::Precopy
                 if self.spec.hold
                     && !self.hold_sent
+                    && self.vms.iter().all(|vm| vm.started)
                     && limits.on_non_convergence != OnNonConvergence::Abort =>
             {
                 self.hold_sent = true;

@@ -269,6 +269,7 @@ impl GroupRun {
             return;
         }
         self.vms[index].measure(at_us, report);
+        self.next_start = None;
         let role = report.role;
         let vm = report.vm.clone();
         let event = match report.phase {

@@ -63,6 +63,8 @@ pub struct GroupRun {
     pub(super) hold_sent: bool,
     pub(super) throttle_step: usize,
     pub(super) paced: Option<(Duration, Vec<f64>)>,
+    /// When which VM is due to start next, by its position.
+    pub(super) next_start: Option<(Duration, usize)>,
     /// A source may be past the point where it can go back by itself.
     pub(super) past_return: bool,
     pub(super) commit_proposed: bool,
@@ -109,6 +111,7 @@ impl GroupRun {
             hold_sent: false,
             throttle_step: 0,
             paced: None,
+            next_start: None,
             past_return: false,
             commit_proposed: false,
             decision: None,

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
+use rate_limiter::BytesPerSecond;
 use sidecar::protocol::types::{
     HoldReason, Phase, PhaseEntry, QemuBuild, Role, RoundReport, Side, VmReport,
 };
 
 use super::Member;
 use crate::application::VmId;
-use crate::capacity::Demand;
 use crate::report::Sample;
+use crate::scheduler::{self, allot::Moving};
 
 /// At most so many samples are kept per VM; beyond it every second one is dropped.
 const MAX_SAMPLES: usize = 4000;
@@ -46,6 +47,8 @@ pub(super) struct VmRun {
     pub destination: Half,
     /// Where `start` sends the stream.
     pub stream: Option<String>,
+    /// Whether `start` was sent.
+    pub started: bool,
     pub held: bool,
     pub armed: bool,
     pub stopped: bool,
@@ -111,6 +114,7 @@ impl VmRun {
             source: Half::default(),
             destination: Half::default(),
             stream: None,
+            started: false,
             held: false,
             armed: false,
             stopped: false,
@@ -169,15 +173,37 @@ impl VmRun {
         }
     }
 
-    pub(super) fn demand(&self) -> Demand {
-        Demand {
-            remaining_bytes: if self.round == 0 && self.remaining_bytes == 0 {
-                self.memory_bytes
-            } else {
-                self.remaining_bytes
+    /// What the scheduler has to know of it now. What was foreseen stands in until it is measured.
+    #[allow(clippy::cast_precision_loss, reason = "sizes and rates below 2^53")]
+    pub(super) fn moving(&self) -> Moving {
+        let known = &self.member.profile;
+        let rate = |rate: Option<BytesPerSecond>| rate.map(|rate| rate.0 as f64);
+        let mean = rate(known.dirty_rate).or(rate(known.max_dirty_rate).map(|most| most / 2.0));
+        let nominal = mean.unwrap_or_default();
+        let is_measured = self.started && (self.round > 0 || self.dirty_rate_bytes_per_s > 0);
+        let dirty_rate = if is_measured {
+            self.dirty_rate_bytes_per_s as f64
+        } else {
+            nominal
+        };
+        let untouched = self.round == 0 && self.remaining_bytes == 0;
+        Moving {
+            progress: match (self.started, self.held) {
+                (_, true) => scheduler::allot::Progress::Held,
+                (true, false) => scheduler::allot::Progress::Copying,
+                (false, false) => scheduler::allot::Progress::Waiting,
             },
-            dirty_rate_bytes_per_s: self.dirty_rate_bytes_per_s,
-            held: self.held,
+            left_bytes: if untouched {
+                self.memory_bytes as f64
+            } else {
+                self.remaining_bytes as f64
+            },
+            dirty_rate,
+            nominal_dirty_rate: nominal,
+            max_dirty_rate: rate(known.max_dirty_rate)
+                .unwrap_or(2.0 * nominal)
+                .max(dirty_rate),
+            working_set: known.writable_working_set.map(|size| size.0 as f64),
         }
     }
 

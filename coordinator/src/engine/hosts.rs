@@ -409,6 +409,7 @@ impl GroupRun {
         }
         due.extend(self.requests.values().map(|request| request.deadline));
         match self.stage {
+            Stage::Precopy => due.extend(self.next_start.map(|(at, _)| at)),
             Stage::Held { retry_at } => due.push(retry_at),
             Stage::Armed { since } => due.push(since + super::release::ARMED_AT_MOST),
             _ => {}

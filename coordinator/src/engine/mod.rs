@@ -28,6 +28,7 @@ mod hosts;
 mod record;
 mod release;
 mod settle;
+mod share;
 #[cfg(test)]
 mod tests;
 
@@ -38,9 +39,10 @@ use sidecar::protocol::command::{Command, Termination};
 use sidecar::protocol::types::{Decision, Transport};
 use uuid::Uuid;
 
-use crate::application::{HostId, OnNonConvergence, VmId};
+use crate::application::{HostId, OnNonConvergence, VmId, VmProfile};
 use crate::capacity::Capacity;
 use crate::report::Outcome;
+use crate::scheduler::allot::Scheme;
 
 pub use group::GroupRun;
 pub use halves::{Half, VmProgress};
@@ -60,6 +62,8 @@ pub struct GroupSpec {
     pub register_address: String,
     /// Whether VMs are held until the group is released.
     pub hold: bool,
+    /// How the VMs share the bandwidth, and when each starts; without hold all start at once.
+    pub scheme: Scheme,
     /// Limits and choices.
     pub limits: Limits,
     /// What the streams pass through.
@@ -85,6 +89,8 @@ pub struct Member {
     pub machine: Option<String>,
     /// How its stream goes.
     pub transport: Transport,
+    /// What is known of its load beforehand.
+    pub profile: VmProfile,
 }
 
 /// Limits and choices of a group, from the application file.
@@ -133,8 +139,13 @@ pub enum Step {
     Preparing,
     /// Both halves of every VM are ready.
     Prepared,
-    /// `start` was sent.
+    /// `start` was sent: to all VMs, or to the first ones.
     Started,
+    /// `start` was sent to VMs whose turn came later.
+    StartedLater {
+        /// Their names.
+        vms: Vec<String>,
+    },
     /// Every VM is in wait-and-copy.
     AllHeld,
     /// Every VM is armed; so long would the switchover take now.
@@ -204,6 +215,7 @@ impl fmt::Display for Step {
             Self::Preparing => write!(f, "preparing both sides"),
             Self::Prepared => write!(f, "both sides are ready"),
             Self::Started => write!(f, "pre-copy has begun"),
+            Self::StartedLater { vms } => write!(f, "pre-copy of {} has begun", vms.join(", ")),
             Self::AllHeld => write!(f, "every VM is held in wait-and-copy"),
             Self::Armed { predicted } => {
                 write!(

@@ -17,7 +17,7 @@ use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
 use crate::client::Client;
-use crate::policy::plan;
+use crate::policy::can_run;
 use crate::status::{self, SidecarStatus};
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -142,16 +142,13 @@ fn understood<T: DeserializeOwned>(
 #[must_use]
 pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     let mut verdict = Verdict::default();
-    let hold = match plan(app, policy) {
-        Ok(plan) => plan.hold,
-        Err(error) => {
-            verdict.problems.push(error.to_string());
-            return verdict;
-        }
-    };
+    if let Err(error) = can_run(app, policy) {
+        verdict.problems.push(error.to_string());
+        return verdict;
+    }
     judge_hosts(app, facts, &mut verdict);
     for id in app.vm_ids() {
-        judge_vm(app, hold, facts, id, &mut verdict);
+        judge_vm(app, policy.holds(), facts, id, &mut verdict);
     }
     judge_memory(app, facts, &mut verdict);
     verdict

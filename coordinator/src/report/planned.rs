@@ -167,6 +167,7 @@ fn chart(plan: &Plan) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scheduler::allot::Scheme;
     use crate::scheduler::plan::{PlannedGroup, PlannedVm};
 
     pub(super) fn planned() -> Planned {
@@ -178,6 +179,7 @@ mod tests {
         };
         let group = |name: &str, start_s| PlannedGroup {
             vms: vec![name.into()],
+            scheme: Scheme::Delayed,
             start_s,
             duration_s: 10.0,
         };

@@ -1,5 +1,6 @@
 //! The scheduler: predicts, allocates, groups and orders. Pure: no clock, no I/O.
 
+pub mod allot;
 pub mod bandwidth;
 pub mod fluid;
 pub mod group;

@@ -15,6 +15,7 @@ pub mod schemes;
 
 use serde::Serialize;
 
+use super::allot::Scheme;
 use super::impact::of_times;
 use super::order::{OrderError, Search};
 use super::schedule::{Schedule, VmSchedule};
@@ -60,6 +61,8 @@ pub struct Plan {
 pub struct PlannedGroup {
     /// Names of its VMs.
     pub vms: Vec<String>,
+    /// How they share the bandwidth.
+    pub scheme: Scheme,
     /// When its first VM starts, in seconds from the plan's start.
     pub start_s: f64,
     /// From then until its VMs have arrived, in seconds.
@@ -135,16 +138,21 @@ struct Draft {
 struct Placed {
     start_s: f64,
     schedule: Schedule,
+    scheme: Scheme,
 }
 
 impl Draft {
     /// Groups that follow each other.
-    fn in_turn(start_s: f64, schedules: impl IntoIterator<Item = Schedule>) -> Self {
+    fn in_turn(start_s: f64, schedules: impl IntoIterator<Item = (Scheme, Schedule)>) -> Self {
         let mut now = start_s;
-        let groups = schedules.into_iter().map(|schedule| {
+        let groups = schedules.into_iter().map(|(scheme, schedule)| {
             let start_s = now;
             now += schedule.duration_s;
-            Placed { start_s, schedule }
+            Placed {
+                start_s,
+                schedule,
+                scheme,
+            }
         });
         Self {
             groups: groups.collect(),
@@ -158,7 +166,12 @@ impl Draft {
         let mut groups = Vec::new();
         let mut downtime = 0.0_f64;
         let first_s = self.groups.first().map_or(0.0, |group| group.start_s);
-        for Placed { start_s, schedule } in &self.groups {
+        for Placed {
+            start_s,
+            schedule,
+            scheme,
+        } in &self.groups
+        {
             let finish_s = start_s + schedule.duration_s;
             let mut left = Vec::new();
             for vm in &schedule.vms {
@@ -173,6 +186,7 @@ impl Draft {
             let names = members.iter().map(|&vm| inputs.vms[vm].name.clone());
             groups.push(PlannedGroup {
                 vms: names.collect(),
+                scheme: *scheme,
                 start_s: *start_s,
                 duration_s: schedule.duration_s,
             });

@@ -177,8 +177,9 @@ pub fn every_policy(accel: Accel) -> Result<()> {
             report.reason
         );
         ensure!(
-            (policy == Policy::Muster) == (report.split_s <= 0.0),
-            "{policy}"
+            policy.holds() == (report.split_s <= 0.0),
+            "{policy}: split for {} s",
+            report.split_s
         );
         check_all(&lab, to, since)?;
         nothing_left(&lab, to)?;

@@ -280,3 +280,66 @@ fn a_lower_share_is_sent_at_once() {
     s.drain();
     assert_eq!(s.took(), vec![(A, "pace")]);
 }
+
+/// What the profile says of a VM, in MB/s.
+fn dirties(mean: u64, most: u64) -> VmProfile {
+    VmProfile {
+        dirty_rate: Some(BytesPerSecond(mean * MB)),
+        max_dirty_rate: Some(BytesPerSecond(most * MB)),
+        ..VmProfile::default()
+    }
+}
+
+/// VMs named in the `start`s since the last look.
+fn starts(s: &mut Script) -> Vec<Vec<String>> {
+    let commands = s.sent.drain(..);
+    commands
+        .filter_map(|(_, _, command)| match command {
+            Command::Start(args) => Some(args.vms.into_keys().collect()),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn in_turn_the_next_one_starts_when_one_is_held() {
+    let mut spec = spec(&["db", "web"], true);
+    spec.scheme = Scheme::InTurn;
+    spec.members[0].profile = dirties(20, 30);
+    spec.members[1].profile = dirties(1, 2);
+    let mut s = Script::new(spec);
+    s.prepared();
+    assert_eq!(starts(&mut s), [["web"]]);
+    s.pass(Duration::from_secs(2));
+    assert_eq!(starts(&mut s), [[""; 0]; 0]);
+    let held = |vm: &str| Event::Held {
+        vm: vm.into(),
+        reason: HoldReason::Converged,
+        remaining_bytes: MB,
+        dirty_rate_bytes_per_s: MB,
+    };
+    s.event(A, held("web"));
+    assert_eq!(starts(&mut s), [["db"]]);
+    let later = Step::StartedLater {
+        vms: vec!["db".into()],
+    };
+    assert_eq!(s.steps.last(), Some(&later));
+    s.event(A, held("db"));
+    assert!(s.steps.contains(&Step::AllHeld));
+}
+
+#[test]
+fn a_delayed_vm_starts_when_its_time_has_come() {
+    let mut spec = spec(&["db", "web"], true);
+    spec.scheme = Scheme::Delayed;
+    spec.members[0].profile = dirties(5, 10);
+    spec.members[1].profile = dirties(1, 2);
+    let mut s = Script::new(spec);
+    s.prepared();
+    let first = starts(&mut s);
+    assert_eq!(first.concat().len(), 1, "{first:?}");
+    // Two of 100 MB at 50 MB/s: a start at least is due within the time that both take.
+    s.pass(Duration::from_secs(5));
+    let second = starts(&mut s);
+    assert_eq!(second.concat().len(), 1, "{second:?}");
+}

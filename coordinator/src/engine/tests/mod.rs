@@ -27,6 +27,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         token: "0".repeat(64),
         machine: None,
         transport: Transport::Relay,
+        profile: VmProfile::default(),
     });
     GroupSpec {
         run: Uuid::from_u128(1),
@@ -35,6 +36,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         register: R,
         register_address: "unix:/register".into(),
         hold,
+        scheme: Scheme::default(),
         limits: Limits {
             max_downtime: Duration::from_millis(300),
             hard_downtime: Duration::from_millis(600),

@@ -9,6 +9,7 @@
 //! the mean dirty rates, which is what held VMs take, leave a tenth of the bandwidth free: the
 //! release waits for a moment at which what remains fits.
 
+use crate::scheduler::allot::Scheme;
 use crate::scheduler::bandwidth;
 use crate::scheduler::group::{ByDelayedStart, GroupTime};
 use crate::scheduler::order::{AUTO_EXACT_UP_TO, Search};
@@ -41,15 +42,15 @@ pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Dr
     let mut schedules = Vec::new();
     for group in &ordered.groups {
         let found = time.fastest(&loads, group);
-        let (name, schedule) = found.ok_or_else(|| not_together(inputs))?;
+        let (scheme, schedule) = found.ok_or_else(|| not_together(inputs))?;
         let names = group.iter().map(|&vm| inputs.vms[vm].name.as_str());
         if group.len() > 1 {
             notes.push(format!(
-                "{} by {name}",
+                "{} by {scheme}",
                 names.collect::<Vec<_>>().join(", ")
             ));
         }
-        schedules.push(schedule);
+        schedules.push((scheme, schedule));
     }
     let mut draft = Draft::in_turn(0.0, schedules);
     draft.proven = ordered.optimal && exact;
@@ -83,18 +84,18 @@ impl Fastest<'_> {
         [lll(self.sent, self.limits, group), together]
     }
 
-    /// The fastest schedule of a group, with its scheme's name.
-    fn fastest(&self, loads: &[Load], group: &[usize]) -> Option<(&'static str, Schedule)> {
+    /// The fastest schedule of a group, with its scheme.
+    fn fastest(&self, loads: &[Load], group: &[usize]) -> Option<(Scheme, Schedule)> {
         let [lll, oba] = self.held(group);
         let delayed = best_order(loads, self.limits, &by_start(loads, group));
         let schemes = [
-            ("LLL's order", lll),
-            ("OBA", oba),
-            ("delayed starts", delayed),
+            (Scheme::InTurn, lll),
+            (Scheme::Together, oba),
+            (Scheme::Delayed, delayed),
         ];
         let converging = schemes
             .into_iter()
-            .filter_map(|(name, schedule)| Some((name, schedule?)));
+            .filter_map(|(scheme, schedule)| Some((scheme, schedule?)));
         converging.min_by(|a, b| a.1.duration_s.total_cmp(&b.1.duration_s))
     }
 }

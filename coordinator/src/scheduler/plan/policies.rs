@@ -1,6 +1,7 @@
 //! The policies: what each does with all VMs.
 
 use crate::application::Policy;
+use crate::scheduler::allot::Scheme;
 use crate::scheduler::group::{ByDelayedStart, GroupTime};
 use crate::scheduler::order::{OrderError, Ordered, Problem, Search, find};
 use crate::scheduler::schedule::{Limits, Load, Schedule, by_start, delayed};
@@ -18,14 +19,21 @@ pub(super) fn draft(inputs: &Inputs, policy: Policy, search: Search) -> Result<D
             let each = all.iter().map(|&vm| {
                 let found = alone(&sent, &inputs.limits, vm);
                 let found = found.filter(|_| inputs.stage == Stage::Whole || fits(inputs, &[vm]));
+                let found = found.map(|schedule| (Scheme::Together, schedule));
                 found.ok_or_else(|| too_fast(inputs, vm))
             });
-            let each: Result<Vec<Schedule>, Trouble> = each.collect();
+            let each: Result<Vec<(Scheme, Schedule)>, Trouble> = each.collect();
             Ok(Draft::in_turn(0.0, each?))
         }
         Policy::Parallel => at_once(inputs, &sent),
-        Policy::Lll => together(inputs, lll(&sent, &inputs.limits, &all)),
-        Policy::Vmbuddies => together(inputs, oba(&sent, &inputs.limits, &inputs.rules, &all)),
+        Policy::Lll => {
+            let found = lll(&sent, &inputs.limits, &all);
+            together(inputs, Scheme::InTurn, found)
+        }
+        Policy::Vmbuddies => {
+            let found = oba(&sent, &inputs.limits, &inputs.rules, &all);
+            together(inputs, Scheme::Together, found)
+        }
         Policy::Comma => comma(inputs, search),
         Policy::Muster => muster::draft(inputs, &sent, search),
     }
@@ -69,9 +77,9 @@ fn too_fast(inputs: &Inputs, vm: usize) -> Trouble {
     ))
 }
 
-fn together(inputs: &Inputs, found: Option<Schedule>) -> Result<Draft, Trouble> {
+fn together(inputs: &Inputs, scheme: Scheme, found: Option<Schedule>) -> Result<Draft, Trouble> {
     let schedule = found.ok_or_else(|| not_together(inputs))?;
-    Ok(Draft::in_turn(0.0, [schedule]))
+    Ok(Draft::in_turn(0.0, [(scheme, schedule)]))
 }
 
 pub(super) fn not_together(inputs: &Inputs) -> Trouble {
@@ -107,6 +115,7 @@ fn at_once(inputs: &Inputs, sent: &[Sent]) -> Result<Draft, Trouble> {
     let groups = each.into_iter().map(|schedule| Placed {
         start_s: 0.0,
         schedule,
+        scheme: Scheme::Together,
     });
     Ok(Draft {
         groups: groups.collect(),
@@ -144,6 +153,7 @@ fn comma(inputs: &Inputs, search: Search) -> Result<Draft, Trouble> {
     let time = ByDelayedStart::new(&loads, &inputs.limits);
     let ordered = find_order(inputs, &time, search)?;
     let schedules = in_papers_order(&loads, &inputs.limits, &ordered);
+    let schedules = schedules.into_iter().map(|found| (Scheme::Delayed, found));
     let mut draft = Draft::in_turn(stage_one_s, schedules);
     if whole && stage_one_s > 0.0 {
         draft.before = sizes().map(|(_, bytes)| bytes / stage_one_s).collect();

@@ -35,6 +35,20 @@ impl Limits {
         }
     }
 
+    /// What limits a group of `vms`.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss, reason = "rates far below 2^53")]
+    pub fn of(capacity: &Capacity, vms: usize) -> Self {
+        let cuts = capacity.cuts.iter().map(|cut| Cut {
+            rate: cut.rate.0 as f64,
+            crossed_by: (0..vms).map(|vm| cut.members.contains(&vm)).collect(),
+        });
+        Self {
+            bandwidth: capacity.bandwidth.0 as f64,
+            cuts: cuts.collect(),
+        }
+    }
+
     /// The same for a group: members of a cut are positions in `group`.
     #[must_use]
     pub fn capacity(&self, group: &[usize]) -> Capacity {

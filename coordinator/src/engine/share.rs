@@ -1,0 +1,140 @@
+//! Sharing: what each VM of the group gets, and when it starts. The scheduler says it
+//! ([`allot`]), from where the VMs are; here it becomes commands.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use sidecar::protocol::command::{Command, PaceArgs, PaceVm, StartArgs};
+
+use super::Step;
+use super::group::GroupRun;
+use super::halves::VmRun;
+use crate::scheduler::allot::{Allotment, allot};
+
+const PACE_INTERVAL: Duration = Duration::from_millis(200);
+/// Shares are sent again when one has changed by more than this.
+const PACE_CHANGE: f64 = 0.05;
+/// Smallest weight sent: everybody gets something. Weights are shares in percent.
+const MIN_WEIGHT: f64 = 1.0;
+
+impl GroupRun {
+    /// Shares the bandwidth anew: starts the VMs whose turn has come, and sends each source host
+    /// its limit and its VMs' shares where they have changed.
+    pub(super) fn pace(&mut self, now: Duration) {
+        let vms: Vec<_> = self.vms.iter().map(VmRun::moving).collect();
+        let Allotment {
+            rates,
+            mut runs,
+            next_start,
+        } = allot(self.spec.scheme, &self.spec.capacity, &vms);
+        // A start that was foreseen is made, though no report may have come since.
+        if let Some((_, vm)) = self.next_start.filter(|(at, _)| now >= *at) {
+            runs[vm] = true;
+        }
+        let next = next_start.filter(|(_, vm)| !runs[*vm]);
+        let next = next.map(|(s, vm)| (now + Duration::from_secs_f64(s.min(1e6)), vm));
+        // Only a report puts it off: what is left looks unchanged until there is one.
+        self.next_start = match (self.next_start, next) {
+            (Some(before), Some(next)) if before.1 == next.1 => Some(before.min(next)),
+            (_, next) => next,
+        };
+        let due: Vec<usize> = (0..self.vms.len())
+            .filter(|&vm| runs[vm] && !self.vms[vm].started)
+            .collect();
+        if let (Some((at, last)), true) = (&self.paced, due.is_empty()) {
+            let changed = last
+                .iter()
+                .zip(&rates)
+                .any(|(old, new)| (old - new).abs() > PACE_CHANGE * old.abs());
+            if !changed || now < *at + PACE_INTERVAL {
+                return;
+            }
+        }
+        self.send_shares(now, &rates, false);
+        let is_first = self.paced.is_none();
+        self.paced = Some((now, rates));
+        self.start_vms(now, &due, is_first);
+    }
+
+    /// Whether a VM passes something narrower than what the whole group can reach: a weight alone
+    /// does not keep it within that.
+    fn is_narrow(&self, vm: &VmRun) -> bool {
+        let index = self
+            .vms
+            .iter()
+            .position(|other| other.member.vm == vm.member.vm);
+        let capacity = &self.spec.capacity;
+        let all = capacity.rate(self.vms.len());
+        let mut cuts = capacity.cuts.iter();
+        cuts.any(|cut| cut.rate < all && index.is_some_and(|index| cut.members.contains(&index)))
+    }
+
+    /// Sends `start` to these VMs.
+    fn start_vms(&mut self, now: Duration, due: &[usize], is_first: bool) {
+        let args = self.args();
+        for host in self.sources() {
+            let mut vms = BTreeMap::new();
+            for &index in due {
+                let vm = &mut self.vms[index];
+                if vm.member.from == host {
+                    vm.started = true;
+                    let stream = vm.stream.clone().unwrap_or_default();
+                    vms.insert(vm.member.name.clone(), stream);
+                }
+            }
+            if !vms.is_empty() {
+                let start = StartArgs {
+                    run: args.run,
+                    epoch: args.epoch,
+                    vms,
+                };
+                self.send(now, host, Command::Start(start));
+            }
+        }
+        if !due.is_empty() && !is_first {
+            let names = due.iter().map(|&vm| self.vms[vm].member.name.clone());
+            let vms = names.collect();
+            self.step(Step::StartedLater { vms });
+        }
+    }
+
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "a share of a rate is a rate"
+    )]
+    pub(super) fn send_shares(&mut self, now: Duration, shares: &[f64], lift_limits: bool) {
+        let rate = self.spec.capacity.rate(self.vms.len()).0;
+        let whole: f64 = shares.iter().sum();
+        for host in self.sources() {
+            let mut vms = BTreeMap::new();
+            let mut of_host = 0.0;
+            for (vm, share) in self.vms.iter().zip(shares) {
+                if vm.member.from == host {
+                    of_host += share;
+                    let is_narrow = self.is_narrow(vm);
+                    let pace = PaceVm {
+                        bytes_per_s: if lift_limits || (is_narrow && vm.held) {
+                            Some(0)
+                        } else {
+                            is_narrow.then_some(share.round().max(1.0) as u64)
+                        },
+                        weight: Some((share / whole.max(1.0) * 100.0).max(MIN_WEIGHT)),
+                    };
+                    vms.insert(vm.member.name.clone(), pace);
+                }
+            }
+            let limit = (rate as f64 * of_host / whole.max(1.0)).round() as u64;
+            let args = self.args();
+            let pace = PaceArgs {
+                run: args.run,
+                epoch: args.epoch,
+                group_bytes_per_s: Some(limit.clamp(1, rate.max(1))),
+                vms,
+                at_ms: None,
+            };
+            self.send(now, host, Command::Pace(pace));
+        }
+    }
+}
