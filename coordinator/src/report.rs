@@ -4,6 +4,7 @@ pub mod assemble;
 #[cfg(test)]
 pub(crate) mod example;
 pub mod planned;
+pub mod predicted;
 pub mod simulated;
 pub mod table;
 pub mod timeline;
@@ -17,8 +18,10 @@ use sidecar::protocol::types::{
 };
 use uuid::Uuid;
 
+use predicted::Prediction;
+
 /// Version of the JSON form.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// How a move (or one of its groups) ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -79,6 +82,10 @@ pub struct MoveReport {
     pub sent_bytes: u64,
     /// How long VMs of the application ran on different sides, in seconds.
     pub split_s: f64,
+    /// Unsynchronised time (VMbuddies 4.4, Figure 12): the same as `split_s`.
+    pub unsynchronised_s: f64,
+    /// Synchronised time: the rest of `total_s`, with all VMs on one side, in seconds.
+    pub synchronised_s: f64,
     /// Between the first and the last STOP, in seconds.
     pub stop_skew_s: f64,
     /// Between the first and the last RESUME, in seconds.
@@ -89,6 +96,8 @@ pub struct MoveReport {
     pub vms: Vec<VmMove>,
     /// The groups, in the order they were started.
     pub groups: Vec<GroupMove>,
+    /// What was to be expected beforehand, and the error.
+    pub prediction: Prediction,
     /// Everything a person should know: lost leases, doubts, stock QEMU's costs.
     pub notices: Vec<String>,
 }

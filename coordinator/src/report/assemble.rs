@@ -1,7 +1,9 @@
 //! From the conductor's groups to a [`MoveReport`]: totals, skews, split time, impact.
 
+use rate_limiter::Bytes;
 use sidecar::protocol::types::{QemuBuild, Side, Transport};
 
+use super::predicted::{Actual, Prediction, predict};
 use super::{GroupMove, MoveReport, Outcome, SCHEMA_VERSION, VmMove};
 use crate::application::{Application, Policy, VmId};
 use crate::conductor::{Purpose, Started};
@@ -54,6 +56,22 @@ pub fn assemble(
         .iter()
         .map(|group| group.group.group_move())
         .collect();
+    let total_s = seconds(begun, ended).max(0.0);
+    let split_s = split(&vms, times.ended_at_us);
+    let impact_bytes = impact(app, &vms);
+    let actual = Actual {
+        started_at_us: begun,
+        completion_s: total_s,
+        traffic_bytes: float(sent_bytes),
+        impact_bytes,
+        vms: &vms,
+        groups: &groups,
+    };
+    let memory: Vec<Bytes> = vms.iter().map(|vm| Bytes(vm.memory_bytes)).collect();
+    let prediction = Prediction::beside(
+        predict(app, policy, &memory),
+        Some(&actual).filter(|_| outcome == Outcome::Committed),
+    );
     MoveReport {
         schema_version: SCHEMA_VERSION,
         application: app.name.clone(),
@@ -65,12 +83,15 @@ pub fn assemble(
             reason
         },
         started_at_us: begun,
-        total_s: seconds(begun, ended).max(0.0),
+        total_s,
         sent_bytes,
-        split_s: split(&vms, times.ended_at_us),
+        split_s,
+        unsynchronised_s: split_s,
+        synchronised_s: (total_s - split_s).max(0.0),
         stop_skew_s: skew(vms.iter().map(|vm| vm.stopped_at_us)),
         resume_skew_s: skew(vms.iter().map(|vm| vm.resumed_at_us)),
-        impact_bytes: impact(app, &vms),
+        impact_bytes,
+        prediction,
         vms,
         groups,
         notices,
@@ -111,6 +132,11 @@ fn other(side: Side) -> Side {
 #[allow(clippy::cast_precision_loss, reason = "microseconds of one move")]
 fn seconds(from_us: i64, to_us: i64) -> f64 {
     to_us.saturating_sub(from_us) as f64 / 1e6
+}
+
+#[allow(clippy::cast_precision_loss, reason = "bytes of one move")]
+fn float(bytes: u64) -> f64 {
+    bytes as f64
 }
 
 fn skew(times: impl Iterator<Item = Option<i64>>) -> f64 {
@@ -214,5 +240,7 @@ mod tests {
         );
         assert!(report.vms.iter().all(|vm| vm.side == Some(Side::Source)));
         assert_eq!(report.total_s, 0.0);
+        let reason = report.prediction.reason.expect("no profiles");
+        assert!(reason.contains("`dirty-rate`"), "{reason}");
     }
 }

@@ -3,6 +3,7 @@
 use sidecar::protocol::types::{HoldReason, Phase, PhaseEntry, QemuBuild, Side, Transport};
 use uuid::Uuid;
 
+use super::predicted::{Compared, Prediction};
 use super::{GroupMove, MoveReport, Outcome, SCHEMA_VERSION, VmMove};
 
 fn us(seconds: f64) -> i64 {
@@ -80,6 +81,8 @@ fn report(
         total_s,
         sent_bytes: vms.iter().map(|vm| vm.sent_bytes).sum(),
         split_s,
+        unsynchronised_s: split_s,
+        synchronised_s: total_s - split_s,
         stop_skew_s: split_s,
         resume_skew_s: split_s.max(0.0012),
         impact_bytes,
@@ -91,6 +94,15 @@ fn report(
             predicted_downtime_s: Some(0.12),
         }],
         vms,
+        prediction: Prediction {
+            reason: None,
+            completion_s: Some(Compared {
+                predicted: 24.0,
+                actual: Some(total_s),
+                error_percent: Some((24.0 / total_s - 1.0) * 100.0),
+            }),
+            ..Prediction::none(String::new())
+        },
         notices: Vec::new(),
     }
 }
@@ -140,6 +152,8 @@ pub(crate) fn rolled_back() -> MoveReport {
     report.result = Outcome::RolledBack;
     report.reason = Some("db at b: the destination's QEMU died & <left>".into());
     report.total_s = 12.0;
+    report.synchronised_s = 12.0;
+    report.prediction = Prediction::none("VM web: give `dirty-rate`".into());
     for vm in &mut report.vms {
         vm.side = Some(Side::Source);
         vm.stopped_at_us = None;

@@ -2,6 +2,7 @@
 
 use rate_limiter::Bytes;
 
+use super::predicted::Compared;
 use super::{MoveReport, VmMove};
 
 /// A grid of text; the first column is aligned left, the others right.
@@ -77,10 +78,41 @@ pub fn table(reports: &[MoveReport]) -> String {
     row("stop skew", &|report| time(report.stop_skew_s));
     row("resume skew", &|report| time(report.resume_skew_s));
     row("split", &|report| time(report.split_s));
+    row("synchronised", &|report| time(report.synchronised_s));
     row("impact", &|report| {
         Bytes(whole(report.impact_bytes)).to_string()
     });
+    if reports
+        .iter()
+        .any(|report| report.prediction.completion_s.is_some())
+    {
+        let bytes = |bytes: f64| Bytes(whole(bytes)).to_string();
+        row("predicted time", &|report| {
+            predicted(report.prediction.completion_s, |s| format!("{s:.2} s"))
+        });
+        row("predicted sent", &|report| {
+            predicted(report.prediction.traffic_bytes, bytes)
+        });
+        row("predicted downtime", &|report| {
+            predicted(report.prediction.downtime_s, time)
+        });
+        row("predicted impact", &|report| {
+            predicted(report.prediction.impact_bytes, bytes)
+        });
+    }
     Grid { rows }.render()
+}
+
+/// What was predicted, with the error: `24.00 s (-1.2 %)`.
+fn predicted(compared: Option<Compared>, show: impl Fn(f64) -> String) -> String {
+    let Some(compared) = compared else {
+        return "–".into();
+    };
+    let shown = show(compared.predicted);
+    match compared.error_percent {
+        Some(error) => format!("{shown} ({error:+.1} %)"),
+        None => shown,
+    }
 }
 
 #[allow(
@@ -131,6 +163,8 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("downtime db"), "{text}");
+        assert!(text.contains("24.00 s (-0.4 %)"), "{text}");
+        assert!(text.contains("synchronised"), "{text}");
         let ends: Vec<usize> = lines[2..].iter().map(|line| line.chars().count()).collect();
         assert!(ends.iter().all(|end| *end == ends[0]), "{text}");
     }
