@@ -109,7 +109,7 @@ impl Rounds {
         } else {
             0
         };
-        if self.stalled >= self.termination.stall_rounds {
+        if self.termination.looks_for_stalls() && self.stalled >= self.termination.stall_rounds {
             return (Some(round), Some(HoldReason::Stalled));
         }
         (Some(round), self.bound(now, &sample))
@@ -139,7 +139,8 @@ impl Rounds {
     pub fn is_bounded(&self, sample: Option<Sample>) -> bool {
         let rounds = u32::try_from(self.finished.len()).unwrap_or(u32::MAX);
         let traffic = sample.is_some_and(|sample| self.is_much(&sample));
-        rounds >= self.termination.max_rounds || traffic
+        let bound = self.termination.rounds_bound();
+        bound.is_some_and(|most| rounds >= most) || traffic
     }
 
     #[allow(
@@ -147,8 +148,15 @@ impl Rounds {
         reason = "a factor of the memory is compared"
     )]
     fn is_much(&self, sample: &Sample) -> bool {
-        let most = self.termination.max_memory_factor * sample.total_bytes as f64;
-        sample.total_bytes > 0 && sample.sent_bytes as f64 >= most
+        let bound = self.termination.memory_bound();
+        let most = bound.map(|factor| factor * sample.total_bytes as f64);
+        sample.total_bytes > 0 && most.is_some_and(|most| sample.sent_bytes as f64 >= most)
+    }
+
+    /// Whether rounds that no longer help end pre-copy.
+    #[must_use]
+    pub fn looks_for_stalls(&self) -> bool {
+        self.termination.looks_for_stalls()
     }
 
     fn bound(&self, now: Instant, sample: &Sample) -> Option<HoldReason> {
@@ -279,6 +287,50 @@ mod tests {
             rounds.observe(now, sample(1, 800, 100), 1).1,
             Some(HoldReason::Bounded)
         );
+    }
+
+    /// Rounds of 60 of 256 MiB that dirty as much as they send.
+    fn stalling(termination: Termination) -> Vec<Option<HoldReason>> {
+        let now = Instant::now();
+        let mut rounds = Rounds::new(now, termination, Duration::from_millis(300));
+        rounds.observe(now, sample(1, 0, 256), 1);
+        let mut end = |i: u64| {
+            rounds
+                .observe(now, sample(1 + i, 256 + 60 * (i - 1), 60), 1)
+                .1
+        };
+        (1..100).map(&mut end).collect()
+    }
+
+    #[test]
+    fn xens_rule_sends_on_until_a_bound() {
+        let reasons = stalling(Termination::XEN);
+        let end = reasons.iter().position(Option::is_some);
+        // The tenth round passes 3 times the memory: 256 + 9 * 60 >= 768 MiB.
+        assert_eq!(
+            end.map(|at| (at, reasons[at])),
+            Some((9, Some(HoldReason::Bounded)))
+        );
+        let rounds = Termination {
+            max_memory_factor: 0.0,
+            ..Termination::XEN
+        };
+        let reasons = stalling(rounds);
+        let end = reasons.iter().position(Option::is_some);
+        assert_eq!(
+            end.map(|at| (at, reasons[at])),
+            Some((29, Some(HoldReason::Bounded)))
+        );
+    }
+
+    #[test]
+    fn qemus_rule_ends_only_by_converging() {
+        assert!(stalling(Termination::QEMU).iter().all(Option::is_none));
+        let now = Instant::now();
+        let mut rounds = Rounds::new(now, Termination::QEMU, Duration::from_millis(300));
+        rounds.observe(now, sample(1, 0, 256), 50 * MIB);
+        let (_, reason) = rounds.observe(now, sample(2, 2560, 15), 50 * MIB);
+        assert_eq!(reason, Some(HoldReason::Converged));
     }
 
     #[test]

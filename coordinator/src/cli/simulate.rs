@@ -23,9 +23,9 @@ pub(super) struct Options {
     /// Only the approaches of sequential, parallel, lll, vmbuddies, comma or muster.
     #[arg(long, value_name = "POLICY")]
     policy: Option<Policy>,
-    /// When pre-copy of a VM ends (application files).
-    #[arg(long, value_name = "RULE", default_value = "intelligent")]
-    termination: Rule,
+    /// When pre-copy of a VM ends, instead of the file's rule (application files).
+    #[arg(long, value_name = "RULE")]
+    termination: Option<Rule>,
     /// The whole migration, or only what is dirty after the bulk copy (application files).
     #[arg(long, value_name = "STAGE", default_value = "whole")]
     stage: Stage,
@@ -99,14 +99,16 @@ fn study(what: &Path, options: &Options) -> anyhow::Result<Study> {
             what.display()
         );
     }
+    let outline = Outline::load(what)?;
     let termination = match options.termination {
-        Rule::Qemu => Ending::Qemu,
-        Rule::Xen => Ending::Xen,
-        Rule::Intelligent => Ending::Intelligent,
+        Some(Rule::Qemu) => Ending::Qemu,
+        Some(Rule::Xen) => Ending::Xen,
+        Some(Rule::Intelligent) => Ending::Intelligent,
+        None => Ending::of(&outline.termination),
     };
     let stage = match options.stage {
         Stage::Whole => Part::Whole,
         Stage::Two => Part::Two,
     };
-    Ok(Study::of_file(Outline::load(what)?, termination, stage))
+    Ok(Study::of_file(outline, termination, stage))
 }

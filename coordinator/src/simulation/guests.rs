@@ -1,6 +1,7 @@
 //! From an application to guests, links and a policy for the simulator.
 
 use rate_limiter::BytesPerSecond;
+use sidecar::protocol::command;
 
 use super::study::{Approach, Case, Ending, LoadPhase, Part, Rewriting};
 use crate::application::{Outline, OutlineVm, Policy, VmProfile};
@@ -183,22 +184,30 @@ fn begun(mut phases: Vec<Phase>, at_s: f64) -> Vec<Phase> {
 }
 
 fn termination(outline: &Outline, ending: Ending) -> Termination {
+    // What the file's own rule switches off is Xen's where another is asked for.
     let set = outline.termination;
+    let xen = command::Termination::XEN;
+    let max_rounds = set.rounds_bound().unwrap_or(xen.max_rounds);
+    let traffic_factor = set.memory_bound().unwrap_or(xen.max_memory_factor);
+    let stalled_rounds = match set.stall_rounds {
+        0 => command::Termination::default().stall_rounds,
+        rounds => rounds,
+    };
     match ending {
         Ending::Qemu => Termination::Qemu {
             max_downtime_s: outline.max_downtime.as_secs_f64(),
         },
         Ending::Xen => Termination::Xen {
             threshold_bytes: THRESHOLD_BYTES,
-            max_rounds: set.max_rounds,
-            traffic_factor: set.max_memory_factor,
+            max_rounds,
+            traffic_factor,
         },
         Ending::Intelligent => Termination::Intelligent {
             threshold_bytes: THRESHOLD_BYTES,
             epsilon: set.stall_epsilon,
-            stalled_rounds: set.stall_rounds,
-            max_rounds: set.max_rounds,
-            traffic_factor: set.max_memory_factor,
+            stalled_rounds,
+            max_rounds,
+            traffic_factor,
         },
     }
 }
@@ -240,11 +249,7 @@ pub fn policy(
                 threshold_bytes: THRESHOLD_BYTES,
                 working_set_bytes: vm.profile.writable_working_set.map(|set| float(set.0)),
             };
-            let limits = bandwidth::Limits {
-                max_rounds: outline.termination.max_rounds,
-                traffic_factor: outline.termination.max_memory_factor,
-                ..bandwidth::Limits::default()
-            };
+            let limits = bandwidth::Limits::of(&outline.termination);
             let settings = TrackerSettings {
                 window_s: approach.window_s,
                 ..TrackerSettings::default()

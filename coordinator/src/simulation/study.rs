@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use sidecar::protocol::command::Termination;
 
 use crate::application::{Outline, Policy};
 
@@ -112,6 +113,19 @@ pub enum Ending {
     /// Also when a round dirties as much as it sends (VMbuddies 4.2).
     #[default]
     Intelligent,
+}
+
+impl Ending {
+    /// The rule that an application file asks for.
+    #[must_use]
+    pub fn of(termination: &Termination) -> Self {
+        let bounds = (termination.rounds_bound(), termination.memory_bound());
+        match bounds {
+            _ if termination.looks_for_stalls() => Self::Intelligent,
+            (None, None) => Self::Qemu,
+            _ => Self::Xen,
+        }
+    }
 }
 
 /// Which part of a migration is planned and simulated.

@@ -81,24 +81,56 @@ pub struct PrepareVm {
 pub struct Termination {
     /// Stalled when a round dirtied at least (1 − ε) of what it sent.
     pub stall_epsilon: f64,
-    /// … in so many rounds in a row.
+    /// … in so many rounds in a row; 0: rounds never stall.
     pub stall_rounds: u32,
-    /// At most so many rounds.
+    /// At most so many rounds; 0 for no bound.
     pub max_rounds: u32,
-    /// At most so many times the guest's memory.
+    /// At most so many times the guest's memory; 0 for no bound.
     pub max_memory_factor: f64,
     /// At most so long in pre-copy, in ms; 0 for no bound.
     pub max_precopy_ms: u64,
 }
 
+impl Termination {
+    /// Xen's (VMbuddies 4.2): bounds on rounds and traffic, whether or not rounds still help.
+    pub const XEN: Self = Self {
+        stall_epsilon: 0.1,
+        stall_rounds: 0,
+        max_rounds: 30,
+        max_memory_factor: 3.0,
+        max_precopy_ms: 0,
+    };
+    /// QEMU's: only when what remains fits the downtime limit.
+    pub const QEMU: Self = Self {
+        max_rounds: 0,
+        max_memory_factor: 0.0,
+        ..Self::XEN
+    };
+
+    /// Whether rounds that no longer help end pre-copy.
+    #[must_use]
+    pub fn looks_for_stalls(&self) -> bool {
+        self.stall_rounds > 0
+    }
+
+    /// The bound on rounds.
+    #[must_use]
+    pub fn rounds_bound(&self) -> Option<u32> {
+        Some(self.max_rounds).filter(|rounds| *rounds > 0)
+    }
+
+    /// The bound on traffic, as a multiple of the guest's memory.
+    #[must_use]
+    pub fn memory_bound(&self) -> Option<f64> {
+        Some(self.max_memory_factor).filter(|factor| *factor > 0.0)
+    }
+}
+
 impl Default for Termination {
     fn default() -> Self {
         Self {
-            stall_epsilon: 0.1,
             stall_rounds: 2,
-            max_rounds: 30,
-            max_memory_factor: 3.0,
-            max_precopy_ms: 0,
+            ..Self::XEN
         }
     }
 }

@@ -173,6 +173,12 @@ fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_
         return termination;
     };
     let mut reader = TableReader::new("[application.termination]", value.span(), table);
+    let rules = [
+        ("qemu", Termination::QEMU),
+        ("xen", Termination::XEN),
+        ("intelligent", Termination::default()),
+    ];
+    termination = choice(&mut reader, problems, "rule", &rules).unwrap_or(termination);
     if let Some(epsilon) = reader.number(problems, "stall-epsilon", 0.0..1.0) {
         termination.stall_epsilon = epsilon;
     }

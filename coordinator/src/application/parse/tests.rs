@@ -1,4 +1,5 @@
 use rate_limiter::{Bytes, BytesPerSecond};
+use sidecar::protocol::command::Termination;
 
 use super::*;
 use crate::application::ApplicationError;
@@ -62,6 +63,29 @@ fn a_whole_file_with_its_defaults() {
     assert_eq!(app.vms[0].profile.memory, Some(Bytes(128 << 20)));
     assert_eq!(app.traffic[0].between, [VmId(0), VmId(1)]);
     assert_eq!(app.links[0].rtt, Some(Duration::from_millis(20)));
+}
+
+#[test]
+fn a_rule_of_termination_and_what_overrides_it() {
+    let of = |keys: &str| {
+        let app = parse(&GOOD.replace("max-rounds = 12", keys)).expect("good");
+        app.termination
+    };
+    assert_eq!(of("rule = \"intelligent\""), Termination::default());
+    assert_eq!(of("rule = \"xen\""), Termination::XEN);
+    assert_eq!(of("rule = \"qemu\""), Termination::QEMU);
+    let bounded = of("rule = \"qemu\"\nmax-rounds = 7");
+    assert_eq!(bounded.rounds_bound(), Some(7));
+    assert_eq!(bounded.memory_bound(), None);
+    assert!(!bounded.looks_for_stalls());
+    assert!(of("max-rounds = 7\nstall-rounds = 3\nrule = \"xen\"").looks_for_stalls());
+    let found = problems(&GOOD.replace("max-rounds = 12", "rule = \"kvm\""));
+    assert!(
+        found[0]
+            .1
+            .contains("\"qemu\" or \"xen\" or \"intelligent\""),
+        "{found:?}"
+    );
 }
 
 #[test]

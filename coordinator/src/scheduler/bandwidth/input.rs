@@ -1,5 +1,7 @@
 //! What is known of the VMs, and what is wrong with it.
 
+use sidecar::protocol::command::Termination;
+
 /// No quantity of bytes, or of bytes a second, may exceed this.
 pub(crate) const MAX_BYTES: f64 = 1e18;
 
@@ -26,6 +28,24 @@ pub struct Limits {
     pub resent_share: f64,
     /// β: traffic at most, as a multiple of the memory, 1 to 1000.
     pub traffic_factor: f64,
+}
+
+/// More rounds than any migration makes.
+const MOST_ROUNDS: u32 = 10_000;
+/// And more traffic, as a multiple of the memory.
+const MOST_TRAFFIC: f64 = 1000.0;
+
+impl Limits {
+    /// The bounds of a termination rule.
+    #[must_use]
+    pub fn of(termination: &Termination) -> Self {
+        let rounds = termination.rounds_bound().unwrap_or(MOST_ROUNDS);
+        Self {
+            max_rounds: rounds.min(MOST_ROUNDS),
+            traffic_factor: termination.memory_bound().unwrap_or(MOST_TRAFFIC),
+            ..Self::default()
+        }
+    }
 }
 
 impl Default for Limits {

@@ -73,11 +73,7 @@ impl Inputs {
     /// It does not say enough: what is missing is named, VM by VM.
     pub fn new(outline: &Outline, stage: Stage) -> Result<Self, MissingError> {
         let mut problems = Vec::new();
-        let rules = bandwidth::Limits {
-            max_rounds: outline.termination.max_rounds.min(10_000),
-            traffic_factor: outline.termination.max_memory_factor,
-            ..bandwidth::Limits::default()
-        };
+        let rules = bandwidth::Limits::of(&outline.termination);
         let vms = outline.vms.iter();
         let vms = vms.filter_map(|vm| input(vm, &rules, stage, &mut problems));
         let vms: Vec<InputVm> = vms.collect();

@@ -28,7 +28,12 @@ impl Source {
     )]
     pub(super) fn add_hold_parameters(&self, parameters: &mut Value) {
         let bounds = &self.settings.termination;
-        let threshold = (bounds.stall_epsilon * 100.0).round().clamp(1.0, 100.0) as u64;
+        // 0 turns each of them off.
+        let threshold = if bounds.looks_for_stalls() {
+            (bounds.stall_epsilon * 100.0).round().clamp(1.0, 100.0) as u64
+        } else {
+            0
+        };
         let bytes = (bounds.max_memory_factor * self.half.total_bytes as f64) as u64;
         parameters["switchover-hold-stall-threshold"] = json!(threshold);
         parameters["switchover-hold-stall-rounds"] =
@@ -101,7 +106,7 @@ impl Source {
             _ if self
                 .rounds
                 .as_ref()
-                .is_some_and(|r| r.is_bounded(self.last)) =>
+                .is_some_and(|r| r.is_bounded(self.last) || !r.looks_for_stalls()) =>
             {
                 HoldReason::Bounded
             }
