@@ -19,6 +19,7 @@ mod moves;
 pub mod output;
 mod pacing;
 mod plain;
+mod policies;
 mod relay;
 pub mod result;
 mod scan;
@@ -47,6 +48,10 @@ pub enum Name {
     Moves,
     /// Total time against `parallel`, in alternating pairs (about 5 minutes).
     Total,
+    /// Every policy on the same guests: time, bytes, split, impact, prediction (about 5 minutes).
+    Policies,
+    /// The same with small working sets that are written all the time (about 5 minutes).
+    PoliciesHot,
     /// Throughput of the relay against QEMU's own TCP migration (about 1 minute).
     Relay,
     /// The direct transport against QEMU's own TCP migration (about 1 minute).
@@ -216,6 +221,8 @@ fn run_one(bench: &Bench<'_>, name: Name) -> Result<Section> {
     let run = match name {
         Name::Moves => moves::run,
         Name::Total => total::run,
+        Name::Policies => policies::run,
+        Name::PoliciesHot => policies::run_hot,
         Name::Relay => relay::run,
         Name::Direct => direct::run,
         Name::Held => held::run,

@@ -5,11 +5,27 @@ use std::fmt::Write;
 use coordinator::Application;
 
 use super::{Lab, LabError};
+use crate::guest::GuestSpec;
 use crate::qemu::Role;
 
 /// A string as TOML writes it.
 fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
+}
+
+/// What the guest is known to do, for the planner.
+fn profile(guest: &GuestSpec) -> String {
+    let most = guest.dirty_rate.0;
+    let mean = guest.on_off.map_or(most, |phases| {
+        let (on, off) = (phases.on.as_millis(), phases.off.as_millis());
+        let mean = u128::from(most) * on / (on + off).max(1);
+        u64::try_from(mean).unwrap_or(most)
+    });
+    format!(
+        "memory = \"{}B\"\ndirty-rate = \"{mean}B/s\"\nmax-dirty-rate = \"{most}B/s\"\n\
+         writable-working-set = \"{}B\"\n",
+        guest.memory.0, guest.working_set.0
+    )
 }
 
 impl Lab {
@@ -82,6 +98,7 @@ impl Lab {
                 quoted(from),
                 quoted(to)
             );
+            text += &profile(guest);
         }
         for (one, other, rate) in &self.spec.traffic {
             if !chosen(one) || !chosen(other) {
