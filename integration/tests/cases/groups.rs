@@ -11,6 +11,7 @@ use coordinator::report::Outcome;
 use coordinator::{MoveReport, RunOptions};
 use rate_limiter::BytesPerSecond;
 use serde_json::{Value, json};
+use sidecar::protocol::types::HoldReason;
 use testbed::clock::Micros;
 use testbed::lab::verify::{Seen, read_ticks, verify_paused, verify_stopped, wait_for_all};
 use testbed::lab::{Lab, LabSpec};
@@ -267,4 +268,44 @@ pub fn throttled(accel: Accel) -> Result<()> {
     let report = go(&lab, Policy::Muster, "a", "b", &mut Nobody)?;
     ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
     check_all(&lab, "b", since)
+}
+
+/// A guest that writes its whole working set in every round: under each rule, why it was held.
+pub fn ended_by_rule(accel: Accel) -> Result<()> {
+    let mut ended = Vec::new();
+    for rule in ["intelligent", "xen"] {
+        let mut spec = spec(accel, &["db:32MiB:60MB/s:16MiB"])?;
+        spec.link = BytesPerSecond(20_000_000);
+        spec.settings.extend(
+            [
+                "max-downtime = \"100ms\"",
+                "downtime-limit-hard = \"20s\"",
+                "on-non-convergence = \"force\"",
+                "horizon = \"0s\"",
+                "[application.termination]",
+            ]
+            .map(String::from),
+        );
+        spec.settings.push(format!("rule = \"{rule}\""));
+        let lab = lab(spec)?;
+        let since = Micros::now();
+        let report = go(&lab, Policy::Muster, "a", "b", &mut Nobody)?;
+        ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+        let [vm] = &report.vms[..] else {
+            anyhow::bail!("{:?}", report.vms);
+        };
+        ended.push((vm.hold_reason, vm.sent_bytes));
+        check_all(&lab, "b", since)?;
+    }
+    let reasons: Vec<_> = ended.iter().map(|end| end.0).collect();
+    ensure!(
+        reasons == [Some(HoldReason::Stalled), Some(HoldReason::Bounded)],
+        "{ended:?}"
+    );
+    // It went on to 3 times the memory, where the other saw that rounds do not help.
+    ensure!(
+        ended[1].1 >= 3 * (32 << 20) && ended[1].1 > ended[0].1,
+        "{ended:?}"
+    );
+    Ok(())
 }

@@ -60,6 +60,10 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
         groups::given_up,
     ),
     ("a_hot_group_is_throttled_until_it_fits", groups::throttled),
+    (
+        "a_hot_vm_is_ended_by_the_rule_that_was_chosen",
+        groups::ended_by_rule,
+    ),
     ("every_benchmark_runs", benches::every_benchmark),
 ];
 
