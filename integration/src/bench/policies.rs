@@ -160,20 +160,17 @@ fn impact_mb(moved: &Moved) -> f64 {
     moved.report.impact_bytes / 1e6
 }
 
-/// `muster` against another policy, where that one can be carried out.
+/// `muster` against another policy.
 fn against(
     done: &[Turn],
     other: Policy,
     what: &str,
     value: fn(&Moved) -> f64,
     bound: f64,
-) -> Option<Figure> {
+) -> Figure {
     let what = format!("{what}, muster / {other}");
     let ratios = ratios(done, Policy::Muster, other, value);
-    Policy::RUNNABLE.contains(&other).then(|| {
-        let bound = Bound::AtMost(bound);
-        Figure::bounded(what, "", &ratios, Statistic::Median, bound)
-    })
+    Figure::bounded(what, "", &ratios, Statistic::Median, Bound::AtMost(bound))
 }
 
 fn calm_bounds(done: &[Turn]) -> Vec<Figure> {
@@ -183,7 +180,7 @@ fn calm_bounds(done: &[Turn]) -> Vec<Figure> {
     };
     let errors = errors_percent(done, Policy::Muster);
     let errors: Vec<f64> = errors.into_iter().map(f64::abs).collect();
-    let mut figures = vec![
+    vec![
         most("split time, muster", "s", |moved| moved.report.split_s, 0.0),
         most("impact, muster", "MB", impact_mb, NO_IMPACT_MB),
         Figure::bounded(
@@ -193,25 +190,17 @@ fn calm_bounds(done: &[Turn]) -> Vec<Figure> {
             Statistic::Median,
             Bound::AtMost(10.0),
         ),
-    ];
-    figures.extend(against(done, Policy::Parallel, "total time", total_s, 1.05));
-    figures.extend(against(
-        done,
-        Policy::Parallel,
-        "bytes sent",
-        sent_mib,
-        1.05,
-    ));
-    figures.extend(against(done, Policy::Lll, "total time", total_s, 1.02));
-    figures
+        against(done, Policy::Parallel, "total time", total_s, 1.05),
+        against(done, Policy::Parallel, "bytes sent", sent_mib, 1.05),
+        against(done, Policy::Lll, "total time", total_s, 1.02),
+    ]
 }
 
 fn hot_bounds(done: &[Turn]) -> Vec<Figure> {
-    let figures = [
+    vec![
         against(done, Policy::Lll, "total time", total_s, 0.85),
         against(done, Policy::Lll, "bytes sent", sent_mib, 0.85),
-    ];
-    figures.into_iter().flatten().collect()
+    ]
 }
 
 /// (predicted − actual) / actual of the completion time, in percent, where it was predicted.

@@ -309,3 +309,47 @@ pub fn ended_by_rule(accel: Accel) -> Result<()> {
     );
     Ok(())
 }
+
+/// Two of these dirty more than the link carries; each alone fits.
+const TOO_MUCH_TOGETHER: [&str; 2] = ["one:32MiB:14MB/s:8MiB", "two:32MiB:14MB/s:8MiB"];
+
+pub fn one_after_another_where_two_do_not_fit(accel: Accel) -> Result<()> {
+    let mut spec = spec(accel, &TOO_MUCH_TOGETHER)?;
+    spec.link = BytesPerSecond(20_000_000);
+    spec.settings.push("max-downtime = \"600ms\"".into());
+    let lab = lab(spec)?;
+    let since = Micros::now();
+    let report = go(&lab, Policy::Muster, "a", "b", &mut Nobody)?;
+    ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+    ensure!(report.groups.len() == 2, "{} groups", report.groups.len());
+    ensure!(report.split_s > 0.0, "two groups at one moment");
+    ensure!(report.vms.iter().all(|vm| vm.hold_reason.is_some()));
+    check_all(&lab, "b", since)?;
+    nothing_left(&lab, "b")
+}
+
+/// Remembers which VMs were started later than the others.
+#[derive(Default)]
+struct Later(Vec<String>);
+
+impl Observer for Later {
+    fn step(&mut self, _: &GroupName, step: &Step) {
+        if let Step::StartedLater { vms } = step {
+            self.0.extend(vms.iter().cloned());
+        }
+    }
+}
+
+pub fn lll_by_dirty_rate(accel: Accel) -> Result<()> {
+    let lab = lab(spec(
+        accel,
+        &["db:24MiB:6MB/s:8MiB", "web:24MiB:1MB/s:4MiB"],
+    )?)?;
+    let mut later = Later::default();
+    let since = Micros::now();
+    let report = go(&lab, Policy::Lll, "a", "b", &mut later)?;
+    ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+    ensure!(later.0 == ["db"], "started later: {:?}", later.0);
+    ensure!(report.split_s <= 0.0, "split for {} s", report.split_s);
+    check_all(&lab, "b", since)
+}

@@ -61,6 +61,14 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
     ),
     ("a_hot_group_is_throttled_until_it_fits", groups::throttled),
     (
+        "vms_that_do_not_fit_together_move_in_groups",
+        groups::one_after_another_where_two_do_not_fit,
+    ),
+    (
+        "lll_starts_the_largest_dirty_rate_last",
+        groups::lll_by_dirty_rate,
+    ),
+    (
         "a_hot_vm_is_ended_by_the_rule_that_was_chosen",
         groups::ended_by_rule,
     ),
