@@ -11,6 +11,7 @@
 mod inputs;
 mod muster;
 mod policies;
+mod saturating;
 pub mod schemes;
 
 use serde::Serialize;

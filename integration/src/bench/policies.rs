@@ -15,7 +15,7 @@ use crate::lab::LabSpec;
 
 const LINK: &str = "400Mbit/s";
 const MAX_DOWNTIME: &str = "300ms";
-const TURNS: usize = 6;
+const TURNS: usize = 4;
 /// Who talks to whom, in bytes per second.
 const TRAFFIC: [(&str, &str, u64); 2] = [("web", "app", 200_000), ("app", "db", 500_000)];
 /// An impact that is 0 with the two digits of MB that COMMA's tables have. Exactly 0 takes RESUMEs in
@@ -35,9 +35,9 @@ const CALM: Set = Set {
     name: "policies",
     title: "every policy on the same guests",
     guests: [
-        "web:48MiB:1MB/s:4MiB",
-        "app:96MiB:4MB/s:8MiB",
-        "db:160MiB:10MB/s:32MiB",
+        "web:128MiB:1MB/s:4MiB",
+        "app:256MiB:4MB/s:16MiB",
+        "db:512MiB:10MB/s:48MiB",
     ],
     quick_guests: [
         "web:16MiB:1MB/s:4MiB",

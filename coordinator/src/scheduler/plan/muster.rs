@@ -3,7 +3,9 @@
 //! OBA sends all at once, so nobody waits, but everything is dirtied from the start; LLL and COMMA's
 //! delayed starts leave VMs untouched until late, but hold those that are ready. Which is faster
 //! depends on the working sets: where they are small against the memory OBA wins, where nothing
-//! bounds what is dirtied the others do. All are predicted, for every group.
+//! bounds what is dirtied the others do. All are predicted, for every group: while groups are
+//! searched for, by the papers' models; for the groups that were found, with working sets that
+//! saturate (`saturating.rs`), where they are known.
 //!
 //! A group is valid here if it is one by COMMA's rule (Eq. 3: the highest dirty rates fit), or if
 //! the mean dirty rates, which is what held VMs take, leave a tenth of the bandwidth free: the
@@ -16,6 +18,7 @@ use crate::scheduler::order::{AUTO_EXACT_UP_TO, Search};
 use crate::scheduler::schedule::{Limits, Load, Schedule, best_order, by_start};
 
 use super::policies::{find_order, not_together};
+use super::saturating;
 use super::schemes::{Sent, lll, oba};
 use super::{Draft, Inputs, Trouble};
 
@@ -84,9 +87,21 @@ impl Fastest<'_> {
         [lll(self.sent, self.limits, group), together]
     }
 
+    /// LLL and OBA where all working sets are known, and saturate.
+    fn saturating(&self, group: &[usize]) -> Option<[Option<Schedule>; 2]> {
+        if group.len() < 2 || !holdable(self.sent, self.limits, group) {
+            return None;
+        }
+        let together = saturating::oba(self.sent, self.limits, group)?;
+        Some([
+            saturating::lll(self.sent, self.limits, group),
+            Some(together),
+        ])
+    }
+
     /// The fastest schedule of a group, with its scheme.
     fn fastest(&self, loads: &[Load], group: &[usize]) -> Option<(Scheme, Schedule)> {
-        let [lll, oba] = self.held(group);
+        let [lll, oba] = self.saturating(group).unwrap_or_else(|| self.held(group));
         let delayed = best_order(loads, self.limits, &by_start(loads, group));
         let schemes = [
             (Scheme::InTurn, lll),

@@ -45,6 +45,16 @@ pub fn alone(sent: &[Sent], limits: &Limits, vm: usize) -> Option<Schedule> {
 /// sending what it dirties (VMbuddies 3.2). Nothing where that never ends.
 #[must_use]
 pub fn lll(sent: &[Sent], limits: &Limits, group: &[usize]) -> Option<Schedule> {
+    in_turn(sent, limits, group, |vm, rate| sent[vm].time(rate))
+}
+
+/// LLL with another model of the time (seconds) that a VM takes at a rate (bytes per second).
+pub(super) fn in_turn(
+    sent: &[Sent],
+    limits: &Limits,
+    group: &[usize],
+    time: impl Fn(usize, f64) -> f64,
+) -> Option<Schedule> {
     let mut order = group.to_vec();
     order.sort_by(|&a, &b| {
         let rate = |vm: usize| sent[vm].load.dirty_rate;
@@ -55,7 +65,7 @@ pub fn lll(sent: &[Sent], limits: &Limits, group: &[usize]) -> Option<Schedule> 
     let mut vms = Vec::new();
     for vm in order {
         let rate = limits.free_for(vm, &held);
-        let time = sent[vm].time(rate);
+        let time = time(vm, rate);
         if !time.is_finite() {
             return None;
         }
