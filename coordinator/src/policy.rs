@@ -1,7 +1,7 @@
 //! Policies: from an application to groups of VMs, the order they move in, and how the VMs of a
 //! group share the bandwidth.
 //!
-//! `muster` asks the scheduler ([`scheduler::plan`]) where the file says enough of the VMs; else
+//! `muster` asks the scheduler ([`scheduler::plan`](crate::scheduler::plan)) where the file says enough of the VMs; else
 //! all are one group, and what they do is measured while they move.
 
 use crate::application::{Application, Policy, VmId};
