@@ -17,7 +17,7 @@ use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
 use crate::client::Client;
-use crate::policy::can_run;
+use crate::policy::{can_run, plan};
 use crate::status::{self, SidecarStatus};
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -142,7 +142,13 @@ fn understood<T: DeserializeOwned>(
 #[must_use]
 pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     let mut verdict = Verdict::default();
-    if let Err(error) = can_run(app, policy) {
+    // Replica groups are found by the plan alone.
+    let possible = if app.replica_groups {
+        plan(app, policy).map(drop)
+    } else {
+        can_run(app, policy)
+    };
+    if let Err(error) = possible {
         verdict.problems.push(error.to_string());
         return verdict;
     }

@@ -69,13 +69,7 @@ fn a_release_that_one_qemu_refuses_takes_the_others_back() {
     s.build = QemuBuild::Patched;
     s.up_to("stopping");
     s.took();
-    let held = |vm: &str| Event::Held {
-        vm: vm.into(),
-        reason: HoldReason::Converged,
-        remaining_bytes: MB,
-        dirty_rate_bytes_per_s: MB,
-    };
-    s.event(A, held("web"));
+    s.event(A, held_one("web"));
     assert_eq!(s.took(), vec![]);
     let stopped = Event::Stopped {
         vm: "db".into(),
@@ -84,7 +78,7 @@ fn a_release_that_one_qemu_refuses_takes_the_others_back() {
     };
     s.event(A, stopped);
     assert_eq!(s.took(), vec![(A, "back")]);
-    s.event(A, held("db"));
+    s.event(A, held_one("db"));
     s.pass(Duration::from_secs(1));
     assert_eq!(s.took(), vec![(A, "arm")]);
 }
@@ -312,19 +306,13 @@ fn in_turn_the_next_one_starts_when_one_is_held() {
     assert_eq!(starts(&mut s), [["web"]]);
     s.pass(Duration::from_secs(2));
     assert_eq!(starts(&mut s), [[""; 0]; 0]);
-    let held = |vm: &str| Event::Held {
-        vm: vm.into(),
-        reason: HoldReason::Converged,
-        remaining_bytes: MB,
-        dirty_rate_bytes_per_s: MB,
-    };
-    s.event(A, held("web"));
+    s.event(A, held_one("web"));
     assert_eq!(starts(&mut s), [["db"]]);
     let later = Step::StartedLater {
         vms: vec!["db".into()],
     };
     assert_eq!(s.steps.last(), Some(&later));
-    s.event(A, held("db"));
+    s.event(A, held_one("db"));
     assert!(s.steps.contains(&Step::AllHeld));
 }
 
@@ -342,4 +330,13 @@ fn a_delayed_vm_starts_when_its_time_has_come() {
     s.pass(Duration::from_secs(5));
     let second = starts(&mut s);
     assert_eq!(second.concat().len(), 1, "{second:?}");
+}
+
+fn held_one(vm: &str) -> Event {
+    Event::Held {
+        vm: vm.into(),
+        reason: HoldReason::Converged,
+        remaining_bytes: MB,
+        dirty_rate_bytes_per_s: MB,
+    }
 }

@@ -206,6 +206,7 @@ pub(super) mod tests {
         #![proptest_config(ProptestConfig {
             rng_seed: proptest::test_runner::RngSeed::Fixed(1),
             failure_persistence: None,
+            cases: 2048,
             ..ProptestConfig::default()
         })]
 

@@ -43,6 +43,8 @@ pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Dr
     };
     let mut notes = Vec::new();
     let mut schedules = Vec::new();
+    // Nothing is proven of times that the search did not have.
+    let mut as_searched = true;
     for group in &ordered.groups {
         let found = time.fastest(&loads, group);
         let (scheme, schedule) = found.ok_or_else(|| not_together(inputs))?;
@@ -53,10 +55,11 @@ pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Dr
                 names.collect::<Vec<_>>().join(", ")
             ));
         }
+        as_searched &= schedule.duration_s == time.duration(group);
         schedules.push((scheme, schedule));
     }
     let mut draft = Draft::in_turn(0.0, schedules);
-    draft.proven = ordered.optimal && exact;
+    draft.proven = ordered.optimal && exact && as_searched;
     draft.notes = notes;
     Ok(draft)
 }
@@ -88,24 +91,26 @@ impl Fastest<'_> {
     }
 
     /// LLL and OBA where all working sets are known, and saturate.
-    fn saturating(&self, group: &[usize]) -> Option<[Option<Schedule>; 2]> {
+    fn saturating(&self, group: &[usize]) -> [Option<Schedule>; 2] {
         if group.len() < 2 || !holdable(self.sent, self.limits, group) {
-            return None;
+            return [None, None];
         }
-        let together = saturating::oba(self.sent, self.limits, group)?;
-        Some([
+        [
             saturating::lll(self.sent, self.limits, group),
-            Some(together),
-        ])
+            saturating::oba(self.sent, self.limits, group),
+        ]
     }
 
     /// The fastest schedule of a group, with its scheme.
     fn fastest(&self, loads: &[Load], group: &[usize]) -> Option<(Scheme, Schedule)> {
-        let [lll, oba] = self.saturating(group).unwrap_or_else(|| self.held(group));
+        let [lll, oba] = self.held(group);
+        let [saturating_lll, saturating_oba] = self.saturating(group);
         let delayed = best_order(loads, self.limits, &by_start(loads, group));
         let schemes = [
             (Scheme::InTurn, lll),
             (Scheme::Together, oba),
+            (Scheme::InTurn, saturating_lll),
+            (Scheme::Together, saturating_oba),
             (Scheme::Delayed, delayed),
         ];
         let converging = schemes
