@@ -109,7 +109,8 @@ impl Rounds {
         } else {
             0
         };
-        if self.termination.looks_for_stalls() && self.stalled >= self.termination.stall_rounds {
+        let in_vain = self.termination.stall_rounds;
+        if in_vain.is_some_and(|most| self.stalled >= most) {
             return (Some(round), Some(HoldReason::Stalled));
         }
         (Some(round), self.bound(now, &sample))
@@ -139,7 +140,7 @@ impl Rounds {
     pub fn is_bounded(&self, sample: Option<Sample>) -> bool {
         let rounds = u32::try_from(self.finished.len()).unwrap_or(u32::MAX);
         let traffic = sample.is_some_and(|sample| self.is_much(&sample));
-        let bound = self.termination.rounds_bound();
+        let bound = self.termination.max_rounds;
         bound.is_some_and(|most| rounds >= most) || traffic
     }
 
@@ -148,7 +149,7 @@ impl Rounds {
         reason = "a factor of the memory is compared"
     )]
     fn is_much(&self, sample: &Sample) -> bool {
-        let bound = self.termination.memory_bound();
+        let bound = self.termination.max_memory_factor;
         let most = bound.map(|factor| factor * sample.total_bytes as f64);
         sample.total_bytes > 0 && most.is_some_and(|most| sample.sent_bytes as f64 >= most)
     }
@@ -156,7 +157,7 @@ impl Rounds {
     /// Whether rounds that no longer help end pre-copy.
     #[must_use]
     pub fn looks_for_stalls(&self) -> bool {
-        self.termination.looks_for_stalls()
+        self.termination.stall_rounds.is_some()
     }
 
     fn bound(&self, now: Instant, sample: &Sample) -> Option<HoldReason> {
@@ -312,7 +313,7 @@ mod tests {
             Some((9, Some(HoldReason::Bounded)))
         );
         let rounds = Termination {
-            max_memory_factor: 0.0,
+            max_memory_factor: None,
             ..Termination::XEN
         };
         let reasons = stalling(rounds);

@@ -184,15 +184,13 @@ fn begun(mut phases: Vec<Phase>, at_s: f64) -> Vec<Phase> {
 }
 
 fn termination(outline: &Outline, ending: Ending) -> Termination {
-    // What the file's own rule switches off is Xen's where another is asked for.
+    // What the file's own rule switches off has its default where another rule is asked for.
     let set = outline.termination;
-    let xen = command::Termination::XEN;
-    let max_rounds = set.rounds_bound().unwrap_or(xen.max_rounds);
-    let traffic_factor = set.memory_bound().unwrap_or(xen.max_memory_factor);
-    let stalled_rounds = match set.stall_rounds {
-        0 => command::Termination::default().stall_rounds,
-        rounds => rounds,
-    };
+    let usual = command::Termination::default();
+    let max_rounds = set.max_rounds.or(usual.max_rounds).unwrap_or(u32::MAX);
+    let traffic_factor = set.max_memory_factor.or(usual.max_memory_factor);
+    let traffic_factor = traffic_factor.unwrap_or(f64::INFINITY);
+    let stalled_rounds = set.stall_rounds.or(usual.stall_rounds).unwrap_or(u32::MAX);
     match ending {
         Ending::Qemu => Termination::Qemu {
             max_downtime_s: outline.max_downtime.as_secs_f64(),

@@ -119,9 +119,9 @@ impl Ending {
     /// The rule that an application file asks for.
     #[must_use]
     pub fn of(termination: &Termination) -> Self {
-        let bounds = (termination.rounds_bound(), termination.memory_bound());
+        let bounds = (termination.max_rounds, termination.max_memory_factor);
         match bounds {
-            _ if termination.looks_for_stalls() => Self::Intelligent,
+            _ if termination.stall_rounds.is_some() => Self::Intelligent,
             (None, None) => Self::Qemu,
             _ => Self::Xen,
         }

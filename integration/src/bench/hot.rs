@@ -39,8 +39,6 @@ const LINK: &str = "400Mbit/s";
 const TURNS: usize = 6;
 /// Less than the working sets take to cross.
 const MAX_DOWNTIME: &str = "100ms";
-/// More rounds than the static rule allows.
-const NEVER_STALLED: u32 = 1000;
 /// How long the guests are watched before each move.
 const BEFORE: Duration = Duration::from_secs(2);
 const QUICK_BEFORE: Duration = Duration::from_millis(500);
@@ -190,14 +188,7 @@ impl Guests<'_> {
         let hosts = &self.lab.spec.hosts;
         let mut app = self.lab.application(&hosts[self.at], &hosts[1 - self.at])?;
         match rule {
-            Rule::Static => {
-                app.termination = Termination {
-                    stall_rounds: NEVER_STALLED,
-                    max_rounds: 30,
-                    max_memory_factor: 3.0,
-                    ..Termination::default()
-                }
-            }
+            Rule::Static => app.termination = Termination::XEN,
             Rule::Told(limit) => app.max_downtime = limit,
             Rule::Intelligent | Rule::Alone(_) => {}
         }

@@ -337,12 +337,15 @@ impl Daemon {
         }
         let termination = &args.termination;
         let sane = (0.0..1.0).contains(&termination.stall_epsilon)
-            && termination.max_memory_factor.is_finite()
-            && (termination.max_memory_factor == 0.0 || termination.max_memory_factor >= 1.0);
+            && termination
+                .max_memory_factor
+                .is_none_or(|factor| factor.is_finite() && factor >= 1.0)
+            && termination.stall_rounds != Some(0)
+            && termination.max_rounds != Some(0);
         if !sane {
             return refuse(
-                "`termination`: stall_epsilon is 0 to 1, max_memory_factor at least 1, or 0 for no \
-                 bound",
+                "`termination`: stall_epsilon is 0 to 1, max_memory_factor at least 1, stall_rounds \
+                 and max_rounds at least 1; null switches one of the last three off",
             );
         }
         for vm in &args.vms {

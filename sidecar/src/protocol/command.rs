@@ -81,12 +81,12 @@ pub struct PrepareVm {
 pub struct Termination {
     /// Stalled when a round dirtied at least (1 − ε) of what it sent.
     pub stall_epsilon: f64,
-    /// … in so many rounds in a row; 0: rounds never stall.
-    pub stall_rounds: u32,
-    /// At most so many rounds; 0 for no bound.
-    pub max_rounds: u32,
-    /// At most so many times the guest's memory; 0 for no bound.
-    pub max_memory_factor: f64,
+    /// … in so many rounds in a row; null: rounds never stall. Since 1.3; 0 is an error.
+    pub stall_rounds: Option<u32>,
+    /// At most so many rounds; null (since 1.3) for no bound.
+    pub max_rounds: Option<u32>,
+    /// At most so many times the guest's memory; null (since 1.3) for no bound.
+    pub max_memory_factor: Option<f64>,
     /// At most so long in pre-copy, in ms; 0 for no bound.
     pub max_precopy_ms: u64,
 }
@@ -95,41 +95,23 @@ impl Termination {
     /// Xen's (VMbuddies 4.2): bounds on rounds and traffic, whether or not rounds still help.
     pub const XEN: Self = Self {
         stall_epsilon: 0.1,
-        stall_rounds: 0,
-        max_rounds: 30,
-        max_memory_factor: 3.0,
+        stall_rounds: None,
+        max_rounds: Some(30),
+        max_memory_factor: Some(3.0),
         max_precopy_ms: 0,
     };
     /// QEMU's: only when what remains fits the downtime limit.
     pub const QEMU: Self = Self {
-        max_rounds: 0,
-        max_memory_factor: 0.0,
+        max_rounds: None,
+        max_memory_factor: None,
         ..Self::XEN
     };
-
-    /// Whether rounds that no longer help end pre-copy.
-    #[must_use]
-    pub fn looks_for_stalls(&self) -> bool {
-        self.stall_rounds > 0
-    }
-
-    /// The bound on rounds.
-    #[must_use]
-    pub fn rounds_bound(&self) -> Option<u32> {
-        Some(self.max_rounds).filter(|rounds| *rounds > 0)
-    }
-
-    /// The bound on traffic, as a multiple of the guest's memory.
-    #[must_use]
-    pub fn memory_bound(&self) -> Option<f64> {
-        Some(self.max_memory_factor).filter(|factor| *factor > 0.0)
-    }
 }
 
 impl Default for Termination {
     fn default() -> Self {
         Self {
-            stall_rounds: 2,
+            stall_rounds: Some(2),
             ..Self::XEN
         }
     }
@@ -374,4 +356,22 @@ pub enum Command {
     DirtyStop(DirtyVmArgs),
     /// `query-dirty`: [`super::dirty::DirtyState`].
     QueryDirty(DirtyVmArgs),
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json, to_value};
+
+    use super::*;
+
+    #[test]
+    fn null_switches_a_bound_off_and_a_missing_one_has_its_default() {
+        let read = |value| from_value::<Termination>(value).expect("good");
+        assert_eq!(read(json!({})), Termination::default());
+        let off = json!({ "stall_rounds": null, "max_rounds": null, "max_memory_factor": null });
+        assert_eq!(read(off), Termination::QEMU);
+        for rule in [Termination::XEN, Termination::QEMU, Termination::default()] {
+            assert_eq!(read(to_value(rule).expect("JSON")), rule);
+        }
+    }
 }

@@ -186,10 +186,10 @@ fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_
         let found = reader.integer(problems, key, 1..most)?;
         u32::try_from(found).ok()
     };
-    termination.stall_rounds = whole("stall-rounds", 1001).unwrap_or(termination.stall_rounds);
-    termination.max_rounds = whole("max-rounds", 100_001).unwrap_or(termination.max_rounds);
+    termination.stall_rounds = whole("stall-rounds", 1001).or(termination.stall_rounds);
+    termination.max_rounds = whole("max-rounds", 100_001).or(termination.max_rounds);
     if let Some(factor) = reader.number(problems, "max-memory-factor", 1.0..1000.0) {
-        termination.max_memory_factor = factor;
+        termination.max_memory_factor = Some(factor);
     }
     if let Some(longest) = reader.duration(problems, "max-precopy", Duration::ZERO..DAY) {
         termination.max_precopy_ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);

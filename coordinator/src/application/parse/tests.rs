@@ -57,8 +57,8 @@ fn a_whole_file_with_its_defaults() {
     assert_eq!(app.lease, Duration::from_secs(5));
     assert_eq!(app.horizon, Duration::from_secs(10));
     assert_eq!(app.register, HostId(0));
-    assert_eq!(app.termination.max_rounds, 12);
-    assert_eq!(app.termination.stall_rounds, 2);
+    assert_eq!(app.termination.max_rounds, Some(12));
+    assert_eq!(app.termination.stall_rounds, Some(2));
     assert_eq!(app.vms[1].from, HostId(1));
     assert_eq!(app.vms[0].profile.memory, Some(Bytes(128 << 20)));
     assert_eq!(app.traffic[0].between, [VmId(0), VmId(1)]);
@@ -75,10 +75,11 @@ fn a_rule_of_termination_and_what_overrides_it() {
     assert_eq!(of("rule = \"xen\""), Termination::XEN);
     assert_eq!(of("rule = \"qemu\""), Termination::QEMU);
     let bounded = of("rule = \"qemu\"\nmax-rounds = 7");
-    assert_eq!(bounded.rounds_bound(), Some(7));
-    assert_eq!(bounded.memory_bound(), None);
-    assert!(!bounded.looks_for_stalls());
-    assert!(of("max-rounds = 7\nstall-rounds = 3\nrule = \"xen\"").looks_for_stalls());
+    assert_eq!(bounded.max_rounds, Some(7));
+    assert_eq!(bounded.max_memory_factor, None);
+    assert_eq!(bounded.stall_rounds, None);
+    let stalls = of("max-rounds = 7\nstall-rounds = 3\nrule = \"xen\"").stall_rounds;
+    assert_eq!(stalls, Some(3));
     let found = problems(&GOOD.replace("max-rounds = 12", "rule = \"kvm\""));
     assert!(
         found[0]

@@ -39,10 +39,10 @@ impl Limits {
     /// The bounds of a termination rule.
     #[must_use]
     pub fn of(termination: &Termination) -> Self {
-        let rounds = termination.rounds_bound().unwrap_or(MOST_ROUNDS);
+        let rounds = termination.max_rounds.unwrap_or(MOST_ROUNDS);
         Self {
             max_rounds: rounds.min(MOST_ROUNDS),
-            traffic_factor: termination.memory_bound().unwrap_or(MOST_TRAFFIC),
+            traffic_factor: termination.max_memory_factor.unwrap_or(MOST_TRAFFIC),
             ..Self::default()
         }
     }

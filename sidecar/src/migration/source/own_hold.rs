@@ -28,17 +28,16 @@ impl Source {
     )]
     pub(super) fn add_hold_parameters(&self, parameters: &mut Value) {
         let bounds = &self.settings.termination;
-        // 0 turns each of them off.
-        let threshold = if bounds.looks_for_stalls() {
+        // In QEMU 0 turns each of them off.
+        let threshold = bounds.stall_rounds.map_or(0, |_| {
             (bounds.stall_epsilon * 100.0).round().clamp(1.0, 100.0) as u64
-        } else {
-            0
-        };
-        let bytes = (bounds.max_memory_factor * self.half.total_bytes as f64) as u64;
+        });
+        let factor = bounds.max_memory_factor.unwrap_or(0.0);
+        let bytes = (factor * self.half.total_bytes as f64) as u64;
         parameters["switchover-hold-stall-threshold"] = json!(threshold);
         parameters["switchover-hold-stall-rounds"] =
-            json!(bounds.stall_rounds.clamp(1, MOST_STALL_ROUNDS));
-        parameters["switchover-hold-max-rounds"] = json!(bounds.max_rounds);
+            json!(bounds.stall_rounds.unwrap_or(1).clamp(1, MOST_STALL_ROUNDS));
+        parameters["switchover-hold-max-rounds"] = json!(bounds.max_rounds.unwrap_or(0));
         parameters["switchover-hold-max-bytes"] = json!(bytes);
     }
 
