@@ -2,6 +2,7 @@
 //! sleeps; time jumps to the next deadline.
 
 mod patched;
+mod paused;
 mod qemu;
 
 use std::time::{Duration, Instant};

@@ -148,9 +148,10 @@ impl Source {
     pub(super) fn migration_event(&mut self, now: Now, status: &str) {
         match status {
             "pre-switchover" if !self.was_running && self.half.phase() == Phase::Precopy => {
+                // It is held as soon as QEMU has said what is left: the last poll may be old.
                 self.waits_paused = true;
                 self.next_poll = None;
-                self.enter_hold(now, HoldReason::Converged);
+                self.send(now, Tag::Paused, "query-migrate", Value::Null);
             }
             "pre-switchover" => {
                 self.release_by = None;
@@ -284,10 +285,12 @@ impl Source {
     }
 
     pub(super) fn paused(&mut self, now: Now, value: &Value) {
-        let remaining = read_sample(value)
-            .or(self.last)
-            .map_or(0, |s| s.remaining_bytes);
-        self.stopped(now, remaining);
+        self.last = read_sample(value).or(self.last);
+        match self.half.phase() {
+            Phase::Precopy if self.waits_paused => self.enter_hold(now, HoldReason::Converged),
+            Phase::Held if self.waits_paused => {}
+            _ => self.stopped(now, self.last.map_or(0, |s| s.remaining_bytes)),
+        }
     }
 
     pub(super) fn stopped(&mut self, now: Now, remaining_bytes: u64) {

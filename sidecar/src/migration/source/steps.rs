@@ -51,7 +51,7 @@ impl Source {
             Some(AfterNote::Arm) if self.waits_paused => {
                 self.half.enter(now, Phase::Armed);
                 let vm = self.half.name.clone();
-                let remaining_bytes = self.last.map_or(0, |s| s.remaining_bytes);
+                let remaining_bytes = self.left_bytes(self.last.map_or(0, |s| s.remaining_bytes));
                 self.half.tell(Event::Armed {
                     vm,
                     remaining_bytes,
