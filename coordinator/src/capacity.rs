@@ -109,6 +109,9 @@ pub struct Demand {
     pub held: bool,
 }
 
+/// Part of the bandwidth that a held VM gets at least.
+const FLOOR: f64 = 0.001;
+
 /// Each VM's share of `bandwidth` in bytes per second, so that those not yet held finish together.
 #[must_use]
 #[allow(clippy::cast_precision_loss, reason = "rates far below 2^53")]
@@ -121,13 +124,16 @@ pub fn shares(bandwidth: BytesPerSecond, vms: &[Demand]) -> Vec<f64> {
         .map(|vm| vm.remaining_bytes.max(1) as f64)
         .sum();
     let surplus = total - dirty;
+    let all_held = vms.iter().all(|vm| vm.held);
     vms.iter()
         .map(|vm| {
             let dirty_rate = vm.dirty_rate_bytes_per_s as f64;
             let part = vm.remaining_bytes.max(1) as f64 / left.max(1.0);
             match (vm.held, surplus > 0.0) {
-                (true, true) => dirty_rate.max(total * 0.001),
-                (true, false) => total * dirty_rate / dirty,
+                (true, true) => dirty_rate.max(total * FLOOR),
+                (true, false) if all_held => total * dirty_rate / dirty,
+                // What it would send is dirty again before the others are there.
+                (true, false) => total * FLOOR,
                 (false, true) => dirty_rate + surplus * part,
                 // Nobody can converge: the shares follow what is left, and the hold decides.
                 (false, false) => total * part,
@@ -163,6 +169,16 @@ mod tests {
             })
             .to_vec();
         assert!((finish[0] - finish[1]).abs() < 1e-9);
+    }
+
+    #[test]
+    fn held_vms_leave_the_link_to_the_others_when_nothing_converges() {
+        let vms = [demand(50, 80, true), demand(300, 40, false)];
+        let some = shares(BytesPerSecond(100), &vms);
+        assert!(some[0] < 0.2 && some[1] >= 99.0, "{some:?}");
+        let vms = vms.map(|vm| Demand { held: true, ..vm });
+        let all = shares(BytesPerSecond(120), &vms);
+        assert_eq!(all, vec![80.0, 40.0]);
     }
 
     #[test]

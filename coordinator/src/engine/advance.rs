@@ -86,6 +86,7 @@ impl GroupRun {
             if self.vms.iter().all(|vm| vm.held) {
                 self.all_held_at = Some(now);
                 self.step(Step::AllHeld);
+                self.pace(now);
                 self.drain(now);
             } else {
                 self.pace(now);

@@ -204,6 +204,11 @@ impl VmRun {
                 .unwrap_or(2.0 * nominal)
                 .max(dirty_rate),
             working_set: known.writable_working_set.map(|size| size.0 as f64),
+            in_vain: self.held
+                && matches!(
+                    self.hold_reason,
+                    Some(HoldReason::Stalled | HoldReason::Bounded)
+                ),
         }
     }
 

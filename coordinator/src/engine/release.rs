@@ -101,9 +101,8 @@ impl GroupRun {
         let last_chance = now >= since + ARMED_AT_MOST;
         let good_moment = last_chance || predicted.as_secs_f64() <= best.as_secs_f64() * 1.05;
         let forced = self.forced && predicted <= limits.hard_downtime && good_moment;
-        let fits = predicted <= limits.max_downtime && !self.still_falls(now, since, predicted);
-        let may = fits || (forced && now >= since + ARMED_AT_MOST / 2);
-        if may && self.all_present() {
+        let may = forced || predicted <= limits.max_downtime;
+        if may && !self.still_falls(now, since, predicted) && self.all_present() {
             self.release(now, predicted);
         } else if last_chance {
             self.disarm(now, best);

@@ -6,7 +6,8 @@
 //! what is left to send, and it does not matter to them how much there was.
 //!
 //! A VM that is held keeps sending what it dirties: that comes off the bandwidth first. The rest is
-//! shared by those that copy, as the [`Scheme`] says.
+//! shared by those that copy, as the [`Scheme`] says. One that is held because it does not converge
+//! rests as long as others copy.
 
 use std::fmt;
 
@@ -70,6 +71,20 @@ pub struct Moving {
     pub max_dirty_rate: f64,
     /// Writable working set in bytes, where it is known.
     pub working_set: Option<f64>,
+    /// Held because more pre-copy is in vain: what it sends is dirty again soon.
+    pub in_vain: bool,
+}
+
+impl Moving {
+    /// What it is to send while others still copy: of one in vain nothing.
+    fn while_others_copy(&self) -> Self {
+        let rests = self.in_vain && self.progress == Progress::Held;
+        Self {
+            dirty_rate: if rests { 0.0 } else { self.dirty_rate },
+            max_dirty_rate: if rests { 0.0 } else { self.max_dirty_rate },
+            ..*self
+        }
+    }
 }
 
 /// What a group's VMs get.
@@ -86,6 +101,18 @@ pub struct Allotment {
 /// Allots `capacity` to the VMs of a group.
 #[must_use]
 pub fn allot(scheme: Scheme, capacity: &Capacity, vms: &[Moving]) -> Allotment {
+    let all_held = vms.iter().all(|vm| vm.progress == Progress::Held);
+    let vms: Vec<Moving> = vms
+        .iter()
+        .map(|vm| {
+            if all_held {
+                *vm
+            } else {
+                vm.while_others_copy()
+            }
+        })
+        .collect();
+    let vms = vms.as_slice();
     let found = match scheme {
         Scheme::InTurn => Some(in_turn(capacity, vms)),
         Scheme::Delayed => with_delays(capacity, vms),

@@ -183,6 +183,12 @@ impl Identity {
         json!({ "capabilities": list })
     }
 
+    /// Whether its migration parameters have this one.
+    #[must_use]
+    pub fn has_parameter(&self, name: &str) -> bool {
+        self.parameters.get(name).is_some()
+    }
+
     /// Arguments for `migrate-set-parameters` that put back what `changed` named.
     #[must_use]
     pub fn original_parameters(&self, changed: &Value) -> Value {

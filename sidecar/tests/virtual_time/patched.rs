@@ -76,6 +76,7 @@ fn it_holds_goes_back_and_goes_on() {
         assert!(world.qemu.capabilities["switchover-hold"]);
         assert!(!world.qemu.capabilities["switchover-ack"]);
         assert_eq!(world.qemu.parameters["switchover-hold-stall-rounds"], 2);
+        assert_eq!(world.qemu.parameters["switchover-hold-stall-ahead"], true);
         let bound = world.qemu.parameters["switchover-hold-max-bytes"].as_u64();
         assert_eq!(bound, Some(3 * 256 * MIB));
         let round = json!({"round": 1, "sent-bytes": 256 * MIB, "dirtied-bytes": 5 * MIB,

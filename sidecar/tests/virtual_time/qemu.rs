@@ -88,6 +88,8 @@ impl Qemu {
             let name = format!("switchover-hold-{name}");
             self.parameters.insert(name, json!(value));
         }
+        let ahead = "switchover-hold-stall-ahead".to_owned();
+        self.parameters.insert(ahead, json!(false));
     }
 
     fn say(&mut self, value: &Value) {

@@ -21,6 +21,7 @@ fn vm(progress: Progress, left: f64, max: f64, mean: f64) -> Moving {
         nominal_dirty_rate: mean,
         max_dirty_rate: max,
         working_set: None,
+        in_vain: false,
     }
 }
 
@@ -54,6 +55,22 @@ fn together_all_start_and_finish_at_once() {
         .collect();
     close(finish[0], finish[1]);
     close(finish[1], finish[2]);
+}
+
+#[test]
+fn a_vm_that_is_held_in_vain_rests_while_others_copy() {
+    use Progress::{Copying, Held};
+    let hot = |progress| Moving {
+        in_vain: true,
+        ..vm(progress, 100e6, 20e6, 15e6)
+    };
+    for scheme in [Scheme::Together, Scheme::InTurn, Scheme::Delayed] {
+        let found = allot(scheme, &link(), &[hot(Held), light(Copying)]);
+        assert!(found.rates[0] < 0.01 * B, "{scheme}: {:?}", found.rates);
+        assert!(found.rates[1] > 0.98 * B, "{scheme}: {:?}", found.rates);
+    }
+    let found = allot(Scheme::Together, &link(), &[hot(Held), light(Held)]);
+    assert!(found.rates[0] > 14e6, "{:?}", found.rates);
 }
 
 #[test]

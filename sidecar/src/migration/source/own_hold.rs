@@ -17,6 +17,7 @@ use crate::protocol::types::{HoldReason, Phase, RoundReport};
 
 /// The most that `switchover-hold-stall-rounds` takes.
 const MOST_STALL_ROUNDS: u32 = 64;
+const STALL_AHEAD: &str = "switchover-hold-stall-ahead";
 
 impl Source {
     /// When pre-copy is to end, as the patched QEMU's parameters say it.
@@ -39,6 +40,10 @@ impl Source {
             json!(bounds.stall_rounds.unwrap_or(1).clamp(1, MOST_STALL_ROUNDS));
         parameters["switchover-hold-max-rounds"] = json!(bounds.max_rounds.unwrap_or(0));
         parameters["switchover-hold-max-bytes"] = json!(bytes);
+        // A round that is going to be in vain need not be sent. Not every series can tell.
+        if self.identity.has_parameter(STALL_AHEAD) {
+            parameters[STALL_AHEAD] = json!(bounds.stall_rounds.is_some());
+        }
     }
 
     /// Makes the next end of a round the last one.
