@@ -173,6 +173,12 @@ impl VmRun {
         }
     }
 
+    /// Held because it does not converge: what it sends is dirty again soon.
+    pub(super) fn is_held_in_vain(&self) -> bool {
+        let reason = self.hold_reason;
+        self.held && matches!(reason, Some(HoldReason::Stalled | HoldReason::Bounded))
+    }
+
     /// What the scheduler has to know of it now. What was foreseen stands in until it is measured.
     #[allow(clippy::cast_precision_loss, reason = "sizes and rates below 2^53")]
     pub(super) fn moving(&self) -> Moving {
@@ -204,11 +210,7 @@ impl VmRun {
                 .unwrap_or(2.0 * nominal)
                 .max(dirty_rate),
             working_set: known.writable_working_set.map(|size| size.0 as f64),
-            in_vain: self.held
-                && matches!(
-                    self.hold_reason,
-                    Some(HoldReason::Stalled | HoldReason::Bounded)
-                ),
+            in_vain: self.is_held_in_vain(),
         }
     }
 

@@ -8,6 +8,7 @@ use sidecar::protocol::types::QemuBuild;
 use super::Step;
 use super::advance::{ms, switch_within};
 use super::group::{GroupRun, Stage};
+use super::halves::VmRun;
 use crate::application::{HostId, OnNonConvergence};
 
 pub(super) const ARM_WITHIN: Duration = Duration::from_secs(3);
@@ -112,7 +113,10 @@ impl GroupRun {
     /// Whether waiting a little longer, at full speed, still shortens the downtime: compared with
     /// the last moment, up to half of the time that the group may stay armed.
     fn still_falls(&mut self, now: Duration, since: Duration, predicted: Duration) -> bool {
-        if predicted <= self.spec.limits.max_downtime / 20 || now >= since + ARMED_AT_MOST / 2 {
+        let is_little = predicted <= self.spec.limits.max_downtime / 20;
+        // A patched QEMU does not send what it holds in vain.
+        let rests = |vm: &VmRun| vm.qemu_build == QemuBuild::Patched && vm.is_held_in_vain();
+        if is_little || self.vms.iter().all(rests) || now >= since + ARMED_AT_MOST / 2 {
             return false;
         }
         match self.weighed {
@@ -237,7 +241,7 @@ impl GroupRun {
     /// they hold by themselves.
     fn can_go_back(&self) -> bool {
         let throttles = self.spec.limits.on_non_convergence == OnNonConvergence::Throttle;
-        let patched = |vm: &super::halves::VmRun| vm.qemu_build == QemuBuild::Patched;
+        let patched = |vm: &VmRun| vm.qemu_build == QemuBuild::Patched;
         self.spec.hold && !throttles && self.vms.iter().all(patched)
     }
 
