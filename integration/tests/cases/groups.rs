@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use coordinator::application::Policy;
 use coordinator::engine::Step;
 use coordinator::observer::{GroupName, Nobody, Observer};
-use coordinator::report::Outcome;
+use coordinator::report::{Outcome, VmMove};
 use coordinator::{MoveReport, RunOptions};
 use rate_limiter::BytesPerSecond;
 use serde_json::{Value, json};
@@ -270,32 +270,43 @@ pub fn throttled(accel: Accel) -> Result<()> {
     check_all(&lab, "b", since)
 }
 
-/// A guest that writes its whole working set in every round: under each rule, why it was held.
+/// Moves a guest that writes its whole working set in every round; pre-copy ends by `rule`.
+fn forced(accel: Accel, rule: &str) -> Result<VmMove> {
+    let mut spec = spec(accel, &["db:32MiB:60MB/s:16MiB"])?;
+    spec.link = BytesPerSecond(20_000_000);
+    spec.settings.extend(
+        [
+            "max-downtime = \"100ms\"",
+            "downtime-limit-hard = \"20s\"",
+            "on-non-convergence = \"force\"",
+            "horizon = \"0s\"",
+            "[application.termination]",
+        ]
+        .map(String::from),
+    );
+    spec.settings.push(format!("rule = \"{rule}\""));
+    let lab = lab(spec)?;
+    let since = Micros::now();
+    let report = go(&lab, Policy::Muster, "a", "b", &mut Nobody)?;
+    ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+    check_all(&lab, "b", since)?;
+    report.vms.into_iter().next().context("no VM")
+}
+
+/// It shows in the first round already that a second one would be in vain.
+pub fn held_after_one_round(accel: Accel) -> Result<()> {
+    let vm = forced(accel, "intelligent")?;
+    ensure!(vm.hold_reason == Some(HoldReason::Stalled), "{vm:?}");
+    ensure!(vm.rounds.len() == 1, "{vm:?}");
+    Ok(())
+}
+
+/// Under each rule, why it was held.
 pub fn ended_by_rule(accel: Accel) -> Result<()> {
     let mut ended = Vec::new();
     for rule in ["intelligent", "xen"] {
-        let mut spec = spec(accel, &["db:32MiB:60MB/s:16MiB"])?;
-        spec.link = BytesPerSecond(20_000_000);
-        spec.settings.extend(
-            [
-                "max-downtime = \"100ms\"",
-                "downtime-limit-hard = \"20s\"",
-                "on-non-convergence = \"force\"",
-                "horizon = \"0s\"",
-                "[application.termination]",
-            ]
-            .map(String::from),
-        );
-        spec.settings.push(format!("rule = \"{rule}\""));
-        let lab = lab(spec)?;
-        let since = Micros::now();
-        let report = go(&lab, Policy::Muster, "a", "b", &mut Nobody)?;
-        ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
-        let [vm] = &report.vms[..] else {
-            anyhow::bail!("{:?}", report.vms);
-        };
+        let vm = forced(accel, rule)?;
         ended.push((vm.hold_reason, vm.sent_bytes));
-        check_all(&lab, "b", since)?;
     }
     let reasons: Vec<_> = ended.iter().map(|end| end.0).collect();
     ensure!(

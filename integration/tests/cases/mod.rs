@@ -78,6 +78,10 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
 /// What only a QEMU with Muster's patches can do.
 pub const PATCHED_CASES: &[(&str, GuestCase)] = &[
     (
+        "a_hot_vm_is_held_after_its_first_round",
+        groups::held_after_one_round,
+    ),
+    (
         "the_dirty_log_of_a_running_guest_is_exported",
         dirty_log::measuring,
     ),
