@@ -234,7 +234,7 @@ impl Drive<'_, '_> {
                     .handle_lost(self.now(), host, &error.to_string());
             }
             // A move begins no measurement.
-            Message::Dirty { .. } => {}
+            Message::Dirty { .. } | Message::Probed(_) => {}
             Message::Connected { .. } => self.conductor.handle_connected(self.now(), host),
         }
     }

@@ -159,6 +159,8 @@ impl Daemon {
         let command = match command {
             Command::Prepare(args) => return self.prepare(now, client, &args),
             Command::DirtyStart(args) => return self.dirty_start(now, client, args),
+            Command::ProbeListen(args) => return self.probe_listen(now, client, &args),
+            Command::Probe(args) => return self.probe(now, client, &args),
             command => command,
         };
         if let Some(args) = command.run() {

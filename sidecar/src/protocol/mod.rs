@@ -19,6 +19,7 @@
 //! - [`command`]: the commands and their arguments.
 //! - [`event`]: the events and the reports in them.
 //! - [`dirty`]: measurements of a VM's dirty pages, commands and events.
+//! - [`probe`]: probes of the bandwidth between hosts.
 //! - [`types`]: what both share.
 
 pub mod codec;
@@ -26,6 +27,7 @@ pub mod command;
 pub mod dirty;
 pub mod event;
 pub mod lines;
+pub mod probe;
 pub mod types;
 
 /// Major version of the protocol: peers with another one refuse each other.
