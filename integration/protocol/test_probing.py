@@ -193,3 +193,47 @@ class Probing(Case):
             # Its QEMU does not exist: the run may have ended already.
             status = await self.source.execute("query-status")
             self.assertTrue(all(run["ended"] for run in status["runs"]), status)
+
+    async def test_a_move_ends_probes(self):
+        arguments = await self.expect()
+        expected = await self.expect()
+        begun = time.monotonic()
+        await self.source.execute("probe", **arguments, duration_ms=10_000, max_bytes=1 << 30)
+        # The destination's end of it hangs, so that it cannot be over by itself.
+        self.b.process.send_signal(signal.SIGSTOP)
+        try:
+            await self.source.execute("prepare", **prepare_arguments(self.a))
+            found = (await self.source.wait_for("PROBED", probe=arguments["probe"]))["data"]
+            self.assertIn("going to be moved", found["error"])
+            self.assertIsNone(found["bytes_per_s"])
+            self.assertLess(time.monotonic() - begun, 1.5)
+        finally:
+            self.b.process.send_signal(signal.SIGCONT)
+        # A move at the other end forgets what is expected there.
+        await self.destination.execute("prepare", **prepare_arguments(self.b))
+        await self.ended(self.destination)
+        self.assertEqual(
+            await self.destination.execute("probe-listen", probe=expected["probe"], token=expected["token"]),
+            {"stream": expected["stream"]},
+        )
+
+    async def ended(self, client):
+        """Waits until every run is over there: their QEMUs do not exist."""
+        by = time.monotonic() + 10
+        while not all(run["ended"] for run in (await client.execute("query-status"))["runs"]):
+            self.assertLess(time.monotonic(), by)
+            await asyncio.sleep(0.05)
+
+    async def test_one_that_does_not_come_is_forgotten(self):
+        arguments = await self.expect()
+        wanted = {"probe": arguments["probe"], "token": arguments["token"]}
+        begun = time.monotonic()
+        while True:
+            try:
+                await self.destination.execute("probe-listen", **wanted)
+                break
+            except ExecuteError as error:
+                self.assertIn("is expected already", str(error))
+                self.assertLess(time.monotonic() - begun, 7)
+                await asyncio.sleep(0.1)
+        self.assertGreater(time.monotonic() - begun, 4)

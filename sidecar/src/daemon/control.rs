@@ -308,6 +308,7 @@ impl Daemon {
             termination: args.termination,
             transport: Transport::Relay,
         };
+        self.yield_path(now);
         let mut added = false;
         for vm in &args.vms {
             added |= self.prepare_vm(now, args, vm, settings)?;
