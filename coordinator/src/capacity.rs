@@ -1,6 +1,8 @@
 //! What a group's migration has to pass through, how long a remainder takes, and how the bandwidth
 //! is shared.
 //!
+//! - What a migration may use: the bandwidth without the reserve of the application's own traffic. The
+//!   reserve is taken off here and nowhere else ([`Allowance::usable`]).
 //! - Downtime of a stop-and-copy: D = max over every cut c (the application's bandwidth, links,
 //!   network interfaces) of Σ R_i / rate_c over the VMs that cross it.
 //! - Shares in pre-copy: held VMs need their dirty rate d_i; the surplus goes to the laggards in
@@ -11,6 +13,34 @@ use std::time::Duration;
 use rate_limiter::{Bytes, BytesPerSecond};
 
 use crate::application::{Application, HostId, VmId};
+
+/// What a migration may use of the bandwidth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Allowance {
+    /// The bandwidth: as the file says, or as it was probed; `None` before that.
+    pub bandwidth: Option<BytesPerSecond>,
+    /// What is kept of it for the application's own traffic.
+    pub reserve: BytesPerSecond,
+}
+
+impl Allowance {
+    /// The bandwidth without the reserve; `None` where it is not known, or all is reserved.
+    #[must_use]
+    pub fn usable(&self) -> Option<BytesPerSecond> {
+        let left = self.bandwidth?.0.checked_sub(self.reserve.0);
+        left.filter(|rate| *rate > 0).map(BytesPerSecond)
+    }
+
+    /// The same for a move, which begins when it is known: else only what the file says of links
+    /// and interfaces limits.
+    #[must_use]
+    pub fn for_move(&self) -> BytesPerSecond {
+        self.usable().unwrap_or(UNLIMITED)
+    }
+}
+
+/// A rate that nothing has: far below what overflows in sums.
+const UNLIMITED: BytesPerSecond = BytesPerSecond(1 << 50);
 
 /// A place that several VMs pass through.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +95,7 @@ impl Capacity {
         }
         cuts.retain(|cut| !cut.members.is_empty());
         Self {
-            bandwidth: app.bandwidth,
+            bandwidth: app.allowance.for_move(),
             cuts,
         }
     }
@@ -152,6 +182,22 @@ mod tests {
             dirty_rate_bytes_per_s: dirty,
             held,
         }
+    }
+
+    #[test]
+    fn the_reserve_is_taken_off_the_bandwidth() {
+        let usable = |bandwidth, reserve| {
+            let allowance = Allowance {
+                bandwidth,
+                reserve: BytesPerSecond(reserve),
+            };
+            allowance.usable().map(|rate| rate.0)
+        };
+        assert_eq!(usable(Some(BytesPerSecond(50)), 5), Some(45));
+        assert_eq!(usable(Some(BytesPerSecond(50)), 0), Some(50));
+        assert_eq!(usable(Some(BytesPerSecond(50)), 50), None);
+        assert_eq!(usable(Some(BytesPerSecond(50)), u64::MAX), None);
+        assert_eq!(usable(None, 0), None);
     }
 
     #[test]

@@ -256,7 +256,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
     /// Groups under way share the bandwidth in equal parts.
     fn share(&mut self, now: Duration, active: usize) {
         let parts = u64::try_from(active).unwrap_or(1).max(1);
-        let share = BytesPerSecond((self.app.bandwidth.0 / parts).max(1));
+        let share = BytesPerSecond((self.app.allowance.for_move().0 / parts).max(1));
         self.each(|group| group.set_bandwidth(now, share));
     }
 

@@ -15,10 +15,11 @@ use crate::client::{Client, Message, Sender};
 use crate::conductor::{Conductor, SystemRandom};
 use crate::engine::{Output, Step};
 use crate::observer::{GroupName, Observer, Progress};
-use crate::policy::plan;
+use crate::policy::{can_run, plan};
 use crate::preflight;
 use crate::report::assemble::{Times, assemble};
 use crate::report::{MoveReport, Outcome};
+use crate::survey::{self, Wanted};
 
 /// The interrupt flag is looked at this often.
 const TICK: Duration = Duration::from_millis(50);
@@ -63,12 +64,21 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<MoveReport, RunError> {
     let policy = options.policy.unwrap_or(app.policy);
-    let plan = plan(app, policy).map_err(|error| RunError::Preflight {
+    let refused = |error: &dyn ToString| RunError::Preflight {
         problems: vec![error.to_string()],
-    })?;
-    let notes = plan.notes.clone();
+    };
+    can_run(app, policy).map_err(|error| refused(&error))?;
     let client = Client::connect(app, &app.hosts_involved());
     let facts = preflight::gather(app, &client);
+    let mut completed = app.clone();
+    let mut notes = Vec::new();
+    let wanted = Wanted::of_move(app, policy);
+    if !wanted.is_empty() && facts.hosts.values().all(Result::is_ok) {
+        observer.survey(&wanted.describe(app));
+        notes = survey::complete(&mut completed, &wanted, &client, &options.interrupt)
+            .map_err(|error| refused(&error))?;
+    }
+    let app = &completed;
     let verdict = preflight::judge(app, policy, &facts);
     if !verdict.problems.is_empty() {
         return Err(RunError::Preflight {
@@ -78,6 +88,8 @@ pub fn run(
     if options.interrupt.load(Ordering::Relaxed) > 0 {
         return Err(RunError::Interrupted);
     }
+    let plan = plan(app, policy).map_err(|error| refused(&error))?;
+    notes.extend(plan.notes.iter().cloned());
     let heart = Heart::new(client.sender());
     let mut drive = Drive {
         app,
@@ -234,7 +246,7 @@ impl Drive<'_, '_> {
                     .handle_lost(self.now(), host, &error.to_string());
             }
             // A move begins no measurement.
-            Message::Dirty { .. } => {}
+            Message::Dirty { .. } | Message::Probed(_) => {}
             Message::Connected { .. } => self.conductor.handle_connected(self.now(), host),
         }
     }

@@ -19,6 +19,7 @@
 //! - [`preflight`], [`status`], [`operate`]: `muster check`, `status`, `abort`, `recover`.
 //! - [`scheduler`]: predicts, allocates, groups, orders; simulates.
 //! - [`dirty`]: `muster dirty`, how a VM dirties its memory.
+//! - [`survey`]: what the file leaves out is measured, before a plan or a move.
 //! - [`simulation`]: `muster simulate`: the papers' set-ups, and files, in virtual time.
 //! - [`report`]: what a move did; table, picture.
 
@@ -41,6 +42,7 @@ pub mod scheduler;
 pub mod screen;
 pub mod simulation;
 pub mod status;
+pub mod survey;
 
 pub use application::Application;
 pub use drive::{RunError, RunOptions, run};

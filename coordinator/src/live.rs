@@ -45,6 +45,10 @@ impl Live {
 }
 
 impl Observer for Live {
+    fn survey(&mut self, what: &str) {
+        self.screen.put(&format!("{what}\n"));
+    }
+
     fn step(&mut self, group: &GroupName, step: &Step) {
         self.screen.wipe();
         let line = format!("{}: {step}\n", group.vms.join(", "));

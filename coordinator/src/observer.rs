@@ -29,6 +29,9 @@ pub struct Progress {
 /// a guest's memory in them. The time they take does not count against the engine's deadlines,
 /// and keep-alives go on meanwhile (for a minute at most).
 pub trait Observer {
+    /// What is done before the move begins: probing, measuring.
+    fn survey(&mut self, _what: &str) {}
+
     /// An event from the sidecar of `host`, before the engine acts on it.
     fn event(&mut self, _host: &str, _envelope: &Envelope) {}
 

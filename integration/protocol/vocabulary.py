@@ -7,11 +7,12 @@ COMMANDS = {
     "query-vm", "query-settings", "query-run", "query-decision", "prepare", "start", "pace", "hold",
     "arm", "disarm", "release", "continue", "back", "decide", "commit", "abort", "finish", "throttle", "yank",
     "keep-alive", "set-report-interval", "recover", "forget", "dirty-start", "dirty-stop", "query-dirty",
+    "probe-listen", "probe",
 }
 EVENTS = {
     "PREPARED", "ROUND", "HELD", "ARMED", "STOPPED", "SWITCHING", "ARRIVED", "COMMITTED",
     "ROLLED_BACK", "DIVERGED", "FAILED", "COORDINATOR_LOST", "IN_DOUBT", "DECIDED", "THROTTLED",
-    "STATUS", "RUN_ENDED", "DIRTY_STARTED", "DIRTY_ROUND", "DIRTY_ENDED",
+    "STATUS", "RUN_ENDED", "DIRTY_STARTED", "DIRTY_ROUND", "DIRTY_ENDED", "PROBED",
 }
 VM_REPORT = {
     "vm", "uuid", "role", "transport", "qemu_build", "phase", "round", "total_bytes", "transferred_bytes", "remaining_bytes",

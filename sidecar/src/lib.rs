@@ -4,6 +4,7 @@
 //! `protocol`): they take input and the time, and return output and the next deadline. `daemon`
 //! drives them from one mio event loop.
 
+pub mod bandwidth;
 pub mod commit;
 pub mod config;
 pub mod daemon;

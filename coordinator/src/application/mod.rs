@@ -37,6 +37,7 @@ use rate_limiter::{Bytes, BytesPerSecond};
 use sidecar::protocol::command::Termination;
 use uuid::Uuid;
 
+use crate::capacity::Allowance;
 pub use control::{ControlAddress, ParseControlAddressError};
 pub use outline::{Outline, OutlineHost, OutlineVm};
 pub use reader::Problem;
@@ -59,8 +60,12 @@ pub struct Application {
     pub name: String,
     /// How its VMs are moved, unless the command line says otherwise.
     pub policy: Policy,
-    /// Rate that the migration may use in all.
-    pub bandwidth: BytesPerSecond,
+    /// Rate that the migration may use in all, and what is kept for the application.
+    pub allowance: Allowance,
+    /// Whether the bandwidth is probed before a plan or a move.
+    pub probe: bool,
+    /// Whether what the file does not say of the VMs is measured before a plan or a move.
+    pub measure: bool,
     /// A group is released when what remains crosses in so much time.
     pub max_downtime: Duration,
     /// What `on-non-convergence` may at most cost, and what a paused group may at most take.
@@ -140,7 +145,8 @@ pub struct Vm {
     pub profile: VmProfile,
 }
 
-/// What the file says about a VM's load. The planner uses it; a move measures for itself.
+/// What is known of a VM's load: what the file says, and what was measured where it says nothing. The
+/// planner uses it; a move measures for itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VmProfile {
     /// Guest RAM.

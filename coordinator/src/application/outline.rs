@@ -6,6 +6,8 @@ use std::time::Duration;
 use rate_limiter::BytesPerSecond;
 use sidecar::protocol::command::Termination;
 
+use crate::capacity::Allowance;
+
 use super::{
     Application, ApplicationError, HostId, Link, Policy, Traffic, VmProfile, load, parse, read,
 };
@@ -17,8 +19,8 @@ pub struct Outline {
     pub name: String,
     /// How its VMs are moved.
     pub policy: Policy,
-    /// Rate that the migration may use in all.
-    pub bandwidth: BytesPerSecond,
+    /// Rate that the migration may use in all, and what is kept for the application.
+    pub allowance: Allowance,
     /// A group is released when what remains crosses in so much time.
     pub max_downtime: Duration,
     /// When pre-copy ends for a VM.
@@ -94,7 +96,7 @@ impl Outline {
         Self {
             name: app.name.clone(),
             policy: app.policy,
-            bandwidth: app.bandwidth,
+            allowance: app.allowance,
             max_downtime: app.max_downtime,
             termination: app.termination,
             replica_groups: app.replica_groups,

@@ -1,15 +1,18 @@
 //! `muster plan`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use coordinator::application::{Outline, Policy};
+use coordinator::application::{Application, Outline, Policy};
 use coordinator::report::planned::{Planned, SCHEMA_VERSION, picture, text};
 use coordinator::scheduler::order::Search;
 use coordinator::scheduler::plan::{Inputs, Plan, Stage, plan as plan_of};
+use coordinator::survey::{Wanted, before_a_plan};
 
-use super::out;
+use super::{err, out, signals};
 
 /// What `muster plan` takes.
 #[derive(Debug, Args)]
@@ -40,16 +43,27 @@ enum Part {
 }
 
 pub(super) fn plan(options: &Options) -> anyhow::Result<u8> {
-    let outline = Outline::load(&options.file)?;
+    let mut outline = Outline::load(&options.file)?;
     let stage = match options.stage {
         Part::Whole => Stage::Whole,
         Part::Two => Stage::Two,
     };
-    let inputs = Inputs::new(&outline, stage)
-        .with_context(|| format!("{}: not enough for a plan", options.file.display()))?;
+    let mut notes = Vec::new();
+    // Without hosts, and where VMs are, there is nothing to ask.
+    if let Ok(mut app) = Application::load(&options.file) {
+        notes = measure(&mut app, stage)?;
+        outline = app.outline();
+    }
+    let inputs = Inputs::new(&outline, stage).with_context(|| {
+        let mut text = format!("{}: not enough for a plan", options.file.display());
+        for note in &notes {
+            text += &format!(" ({note})");
+        }
+        text
+    })?;
     let policy = options.policy.unwrap_or(outline.policy);
     let others = Policy::ALL.into_iter().filter(|other| *other != policy);
-    let planned = Planned {
+    let mut planned = Planned {
         schema_version: SCHEMA_VERSION,
         application: outline.name,
         stage: stage.to_string(),
@@ -64,6 +78,7 @@ pub(super) fn plan(options: &Options) -> anyhow::Result<u8> {
             })
             .collect(),
     };
+    planned.plan.notes.splice(0..0, notes);
     if let Some(path) = &options.svg {
         std::fs::write(path, picture::picture(&planned))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -74,4 +89,18 @@ pub(super) fn plan(options: &Options) -> anyhow::Result<u8> {
         out(text(&planned).trim_end());
     }
     Ok(0)
+}
+
+/// Measures what the file leaves out, where sidecars answer; notes of what was found.
+fn measure(app: &mut Application, stage: Stage) -> anyhow::Result<Vec<String>> {
+    if Wanted::of(app, stage).is_empty() {
+        return Ok(Vec::new());
+    }
+    let interrupt = Arc::new(AtomicU8::new(0));
+    signals::watch(&interrupt, signals::MEASUREMENT).context("cannot watch for signals")?;
+    let notes = before_a_plan(app, stage, &interrupt, &mut |what| err(what))?;
+    if interrupt.load(Ordering::Relaxed) > 0 {
+        bail!("interrupted");
+    }
+    Ok(notes)
 }

@@ -45,11 +45,23 @@ pub(super) fn checked(
         "{} can be moved: policy {policy}, {} VMs, {}, max-downtime {} ms, register at {}",
         app.name,
         app.vms.len(),
-        app.bandwidth,
+        bandwidth(app),
         app.max_downtime.as_millis(),
         app.host(app.register).name
     ));
     lines.join("\n")
+}
+
+/// What the migration may use, for people.
+fn bandwidth(app: &Application) -> String {
+    let probed = if app.probe { ", probed before" } else { "" };
+    match app.allowance.bandwidth {
+        Some(rate) if app.allowance.reserve.0 > 0 => {
+            format!("{rate} with {} in reserve{probed}", app.allowance.reserve)
+        }
+        Some(rate) => format!("{rate}{probed}"),
+        None => "bandwidth probed before".into(),
+    }
 }
 
 /// The state of every host.

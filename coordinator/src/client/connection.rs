@@ -12,6 +12,7 @@ use sidecar::protocol::PROTOCOL_MAJOR;
 use sidecar::protocol::codec::{ServerMessage, read_server_message};
 use sidecar::protocol::command::{CapabilitiesArgs, Command};
 use sidecar::protocol::lines::{Line as TextLine, LineBuffer};
+use sidecar::protocol::probe::ProbeEvent;
 
 use super::{ClientError, Message};
 use crate::application::{ControlAddress, HostId};
@@ -244,6 +245,10 @@ impl Line {
                     Ok(Some(ServerMessage::Event(envelope))) => Message::Event(envelope),
                     Ok(Some(ServerMessage::Dirty { event, at_us })) => {
                         Message::Dirty { event, at_us }
+                    }
+                    Ok(Some(ServerMessage::Probe(event))) => {
+                        let ProbeEvent::Probed(probed) = *event;
+                        Message::Probed(probed)
                     }
                     Ok(Some(ServerMessage::Answer {
                         id: Some(id),

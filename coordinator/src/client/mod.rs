@@ -17,6 +17,7 @@ use sidecar::protocol::codec::CommandError;
 use sidecar::protocol::command::Command;
 use sidecar::protocol::dirty::DirtyEvent;
 use sidecar::protocol::event::Envelope;
+use sidecar::protocol::probe::Probed;
 
 use crate::application::{Application, ControlAddress, HostId};
 use connection::{Line, Writer};
@@ -86,6 +87,8 @@ pub enum Message {
         /// Unix time in microseconds.
         at_us: i64,
     },
+    /// What a probe found that was begun on this connection.
+    Probed(Probed),
 }
 
 /// Connections to all hosts that take part.

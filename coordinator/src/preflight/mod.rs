@@ -17,8 +17,9 @@ use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
 use crate::client::Client;
-use crate::policy::{can_run, plan};
+use crate::policy::{CannotRun, can_run, plan};
 use crate::status::{self, SidecarStatus};
+use crate::survey::Wanted;
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const ANSWER_WITHIN: Duration = Duration::from_secs(6);
@@ -148,9 +149,16 @@ pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     } else {
         can_run(app, policy)
     };
-    if let Err(error) = possible {
-        verdict.problems.push(error.to_string());
-        return verdict;
+    let measures = !Wanted::of_move(app, policy).is_empty();
+    match possible {
+        Err(error @ CannotRun::NoReplicaGroups { .. }) if measures => verdict.notes.push(format!(
+            "{error}; what the file does not say is measured before the move"
+        )),
+        Err(error) => {
+            verdict.problems.push(error.to_string());
+            return verdict;
+        }
+        Ok(()) => {}
     }
     judge_hosts(app, facts, &mut verdict);
     for id in app.vm_ids() {

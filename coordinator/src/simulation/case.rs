@@ -27,7 +27,7 @@ pub fn outline(
     };
     let wrong = |text: String| StudyError::Study(format!("{}: {text}", study.name));
     if let Some(rate) = &case.bandwidth {
-        outline.bandwidth = quantity(rate).map_err(wrong)?;
+        outline.allowance.bandwidth = Some(quantity(rate).map_err(wrong)?);
     }
     if !case.vms.is_empty() {
         outline = only(outline, &case.vms).map_err(wrong)?;

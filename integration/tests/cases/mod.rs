@@ -9,6 +9,7 @@ mod guests;
 mod measure;
 mod moves;
 mod network;
+mod survey;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -72,6 +73,9 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
         "a_hot_vm_is_ended_by_the_rule_that_was_chosen",
         groups::ended_by_rule,
     ),
+    ("what_a_file_leaves_out_is_measured", survey::figures),
+    ("a_guest_that_boots_is_measured_again", survey::booting),
+    ("a_move_measures_before_it_begins", survey::before_a_move),
     ("every_benchmark_runs", benches::every_benchmark),
 ];
 

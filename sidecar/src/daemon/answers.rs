@@ -9,6 +9,7 @@ use super::Daemon;
 use crate::protocol::codec::CommandError;
 use crate::protocol::command as c;
 use crate::protocol::dirty::{AnyEvent, DirtyStartArgs, DirtyVmArgs};
+use crate::protocol::probe::{ProbeArgs, ProbeListenArgs};
 use crate::protocol::types::{HostInfo, VmEntry};
 
 impl Daemon {
@@ -190,6 +191,8 @@ fn schema() -> Value {
             command::<DirtyStartArgs>("dirty-start", false),
             command::<DirtyVmArgs>("dirty-stop", false),
             command::<DirtyVmArgs>("query-dirty", false),
+            command::<ProbeListenArgs>("probe-listen", false),
+            command::<ProbeArgs>("probe", false),
         ],
         "events": schema_for!(AnyEvent),
     })

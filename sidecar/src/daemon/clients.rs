@@ -162,6 +162,7 @@ impl Daemon {
         client.socket.deregister(self.poll.registry());
         self.slots.remove(&Token(id));
         self.end_measurements_of(id);
+        self.end_probes_of(id);
         for entry in self
             .runs
             .values_mut()

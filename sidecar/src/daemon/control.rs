@@ -159,6 +159,8 @@ impl Daemon {
         let command = match command {
             Command::Prepare(args) => return self.prepare(now, client, &args),
             Command::DirtyStart(args) => return self.dirty_start(now, client, args),
+            Command::ProbeListen(args) => return self.probe_listen(now, client, &args),
+            Command::Probe(args) => return self.probe(now, client, &args),
             command => command,
         };
         if let Some(args) = command.run() {
@@ -306,6 +308,7 @@ impl Daemon {
             termination: args.termination,
             transport: Transport::Relay,
         };
+        self.yield_path(now);
         let mut added = false;
         for vm in &args.vms {
             added |= self.prepare_vm(now, args, vm, settings)?;

@@ -9,10 +9,12 @@
 //! - `control`: clients and their commands; `answers` what queries return.
 //! - `halves`: monitors and processes of the VMs in runs.
 //! - `link`: asking another sidecar's register.
+//! - `bandwidth`: probes of the bandwidth to other hosts.
 //! - `dirty`: measurements of VMs; `scanner` reads their logs on a thread of its own.
 
 mod adopt;
 mod answers;
+mod bandwidth;
 mod channel;
 mod clients;
 mod control;
@@ -52,6 +54,7 @@ use crate::config::Config;
 use crate::migration::{Now, Output};
 use crate::protocol::event::Event;
 use crate::run::{Ask, Run, RunOutput};
+use bandwidth::Probings;
 use channel::{Channel, HalfKey};
 use clients::Client;
 use dirty::Measuring;
@@ -81,6 +84,7 @@ enum Slot {
     Link(Uuid),
     Probe,
     Measurement,
+    Probing,
 }
 
 /// A run with its surroundings.
@@ -123,6 +127,7 @@ pub struct Daemon {
     links: HashMap<Uuid, Link>,
     probes: HashMap<usize, Probe>,
     measurements: HashMap<usize, Measuring>,
+    probings: Probings,
     scanner: Scanner,
     alarms: Vec<String>,
     /// QEMUs of runs that are over, with their monitors' paths.
@@ -232,6 +237,7 @@ impl Daemon {
             links: HashMap::new(),
             probes: HashMap::new(),
             measurements: HashMap::new(),
+            probings: Probings::new(),
             scanner,
             alarms: Vec::new(),
             children: Vec::new(),
@@ -345,6 +351,7 @@ impl Daemon {
             Slot::Link(run) => self.serve_link(now, run),
             Slot::Probe => self.serve_probe(now, token.0),
             Slot::Measurement => self.serve_measurement(now, token.0),
+            Slot::Probing => self.step_probe(now, token.0),
         }
     }
 
@@ -389,6 +396,7 @@ impl Daemon {
         }
         self.drop_overdue_probes(now);
         self.tend_measurements(now);
+        self.tend_probes(now);
         self.apply_scheduled(now);
         self.tend_direct(now);
         self.measure(now);
@@ -579,6 +587,7 @@ impl Daemon {
             .chain(scheduled)
             .chain(probes)
             .chain(measurements)
+            .chain(self.probings.deadline(now.mono))
             .chain(self.pace_at)
             .chain(self.direct_at)
             .min();

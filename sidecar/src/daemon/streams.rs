@@ -8,6 +8,7 @@ use mio::net::UnixListener;
 use rate_limiter::{Bytes, BytesPerSecond, Poll};
 use uuid::Uuid;
 
+use super::bandwidth::PROBE_CHANNEL;
 use super::channel::{Channel, End, HalfKey, Step};
 use super::halves;
 use super::net::Socket;
@@ -136,6 +137,9 @@ impl Daemon {
 
     /// Destination: finds the VM of a hello and connects its QEMU.
     fn answer_hello(&mut self, now: Now, id: usize, hello: &Hello) {
+        if hello.channel == PROBE_CHANNEL {
+            return self.greet_probe(now, id, hello);
+        }
         let found = self.runs.get_mut(&hello.run).and_then(|entry| {
             let is_it = |half: &VmHalf| {
                 half.half().role == Role::Destination && half.half().uuid == hello.vm

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::command::{Command, RunArgs};
 use super::dirty::DirtyEvent;
 use super::event::Envelope;
+use super::probe::ProbeEvent;
 
 /// Longest line accepted from a control client.
 pub const MAX_LINE_BYTES: usize = 256 * 1024;
@@ -169,6 +170,8 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "dirty-start" => with!(DirtyStart),
         "dirty-stop" => with!(DirtyStop),
         "query-dirty" => with!(QueryDirty),
+        "probe-listen" => with!(ProbeListen),
+        "probe" => with!(Probe),
         _ => {
             let desc = format!("the command `{name}` is not known; see query-muster-schema");
             return Err(CommandError::not_found(desc));
@@ -212,6 +215,8 @@ impl Command {
             Self::DirtyStart(_) => "dirty-start",
             Self::DirtyStop(_) => "dirty-stop",
             Self::QueryDirty(_) => "query-dirty",
+            Self::ProbeListen(_) => "probe-listen",
+            Self::Probe(_) => "probe",
         }
     }
 
@@ -279,6 +284,8 @@ impl Command {
             Self::Recover(a) => value(a),
             Self::DirtyStart(a) => value(a),
             Self::DirtyStop(a) | Self::QueryDirty(a) => value(a),
+            Self::ProbeListen(a) => value(a),
+            Self::Probe(a) => value(a),
         }
     }
 
@@ -352,6 +359,12 @@ pub fn dirty_event_line(event: &DirtyEvent, at_us: i64) -> Vec<u8> {
     stamped_line(serde_json::to_value(event).unwrap_or(Value::Null), at_us)
 }
 
+/// An event of a probe, as a line.
+#[must_use]
+pub fn probe_event_line(event: &ProbeEvent, at_us: i64) -> Vec<u8> {
+    stamped_line(serde_json::to_value(event).unwrap_or(Value::Null), at_us)
+}
+
 fn stamped_line(mut value: Value, at_us: i64) -> Vec<u8> {
     value["timestamp"] = json!({
         "seconds": at_us.div_euclid(1_000_000),
@@ -388,6 +401,8 @@ pub enum ServerMessage {
         /// Unix time in microseconds.
         at_us: i64,
     },
+    /// An event of a probe.
+    Probe(Box<ProbeEvent>),
 }
 
 /// Reads one line from a sidecar. `None`: an event or message of a newer minor version.
@@ -444,6 +459,9 @@ fn read_event(mut value: Value) -> Option<ServerMessage> {
     let seq = data.remove("seq");
     let event = json!({ "event": value["event"], "data": value["data"] });
     let Some(run) = run else {
+        if let Ok(event) = serde_json::from_value(event.clone()) {
+            return Some(ServerMessage::Probe(event));
+        }
         let event = serde_json::from_value(event).ok()?;
         return Some(ServerMessage::Dirty { event, at_us });
     };
@@ -465,6 +483,7 @@ mod tests {
 
     use crate::protocol::dirty::{DirtyEnd, DirtyVmArgs};
     use crate::protocol::event::Event;
+    use crate::protocol::probe::Probed;
     use crate::protocol::types::{Role, RoundReport};
 
     #[test]
@@ -532,6 +551,23 @@ mod tests {
             event: Box::new(event),
             at_us: 1_500_000,
         };
+        assert_eq!(read_server_message(&text), Ok(Some(expected)));
+    }
+
+    #[test]
+    fn what_a_probe_found_survives_the_wire() {
+        let event = ProbeEvent::Probed(Probed {
+            probe: Uuid::from_u128(3),
+            acked_bytes: 25_000_000,
+            duration_us: 500_000,
+            bytes_per_s: Some(50_000_000),
+            settled: true,
+            rtt_us: 300,
+            error: None,
+        });
+        let mut text = probe_event_line(&event, 1_500_000);
+        text.pop();
+        let expected = ServerMessage::Probe(Box::new(event));
         assert_eq!(read_server_message(&text), Ok(Some(expected)));
     }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::dirty::{DirtyStartArgs, DirtyVmArgs};
+use super::probe::{ProbeArgs, ProbeListenArgs};
 use super::types::{RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
@@ -356,6 +357,10 @@ pub enum Command {
     DirtyStop(DirtyVmArgs),
     /// `query-dirty`: [`super::dirty::DirtyState`].
     QueryDirty(DirtyVmArgs),
+    /// `probe-listen`: expects a probe of the bandwidth to here.
+    ProbeListen(ProbeListenArgs),
+    /// `probe`: measures the bandwidth to another host; PROBED follows.
+    Probe(ProbeArgs),
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::event::Event;
+use super::probe::ProbeEvent;
 
 /// Shortest and longest interval, in ms.
 pub const INTERVAL_MS: std::ops::RangeInclusive<u64> = 50..=60_000;
@@ -237,7 +238,7 @@ pub struct DirtyState {
     pub latest: Option<DirtyRound>,
 }
 
-/// Every event there is, of runs and of measurements, for the schema.
+/// Every event there is, of runs, measurements and probes, for the schema.
 #[derive(Debug, JsonSchema)]
 #[schemars(untagged)]
 #[allow(dead_code, reason = "its schema is all that is used")]
@@ -246,4 +247,6 @@ pub enum AnyEvent {
     Run(Event),
     /// Of a measurement.
     Dirty(DirtyEvent),
+    /// Of a probe.
+    Probe(ProbeEvent),
 }

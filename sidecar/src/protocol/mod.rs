@@ -19,6 +19,7 @@
 //! - [`command`]: the commands and their arguments.
 //! - [`event`]: the events and the reports in them.
 //! - [`dirty`]: measurements of a VM's dirty pages, commands and events.
+//! - [`probe`]: probes of the bandwidth between hosts.
 //! - [`types`]: what both share.
 
 pub mod codec;
@@ -26,9 +27,10 @@ pub mod command;
 pub mod dirty;
 pub mod event;
 pub mod lines;
+pub mod probe;
 pub mod types;
 
 /// Major version of the protocol: peers with another one refuse each other.
 pub const PROTOCOL_MAJOR: u32 = 1;
 /// Minor version of the protocol: additions only.
-pub const PROTOCOL_MINOR: u32 = 3;
+pub const PROTOCOL_MINOR: u32 = 4;

@@ -35,7 +35,7 @@ impl Draft {
         Outline {
             name: app.name,
             policy: app.policy,
-            bandwidth: app.bandwidth,
+            allowance: app.allowance,
             max_downtime: app.max_downtime,
             termination: app.termination,
             replica_groups: app.replica_groups,

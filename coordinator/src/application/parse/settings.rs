@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use sidecar::protocol::command::Termination;
 
-use super::profile::positive_rate;
+use super::profile::{positive_rate, rate};
 use super::{RATE, host_named};
 use crate::application::reader::{Problems, TableReader};
 use crate::application::{
     Application, HostId, OnNonConvergence, OnPartial, Policy, TransportChoice,
 };
+use crate::capacity::Allowance;
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -64,7 +65,7 @@ pub(super) fn read_settings(
     problems: &mut Problems<'_>,
 ) -> Option<Settings> {
     let Some(value) = top.get("application") else {
-        top.missing(problems, "[application]", "name and bandwidth at least");
+        top.missing(problems, "[application]", "a name at least");
         return None;
     };
     let Some(table) = value.get_ref().as_table() else {
@@ -83,10 +84,8 @@ pub(super) fn read_settings(
     }
     let policies = Policy::ALL.map(|policy| (policy.as_str(), policy));
     let policy = choice(&mut reader, problems, "policy", &policies);
-    let bandwidth = positive_rate(&mut reader, problems, "bandwidth");
-    if bandwidth.is_none() && !reader.has("bandwidth") {
-        reader.missing(problems, "bandwidth", RATE);
-    }
+    let (allowance, probe) = read_allowance(&mut reader, problems);
+    let measure = reader.boolean(problems, "measure");
     let max_downtime = reader
         .duration(problems, "max-downtime", MS..2000 * Duration::from_secs(1))
         .unwrap_or(300 * MS);
@@ -139,7 +138,9 @@ pub(super) fn read_settings(
         application: Application {
             name: name?,
             policy: policy.unwrap_or(Policy::Muster),
-            bandwidth: bandwidth?,
+            allowance,
+            probe,
+            measure: measure.unwrap_or(true),
             max_downtime,
             hard_downtime: hard.unwrap_or(max_downtime * 2),
             deadline,
@@ -160,6 +161,26 @@ pub(super) fn read_settings(
         },
         register,
     })
+}
+
+/// Reads `bandwidth`, `reserve` and `probe`: what the migration may use, and whether it is probed.
+fn read_allowance(
+    reader: &mut TableReader<'_, '_>,
+    problems: &mut Problems<'_>,
+) -> (Allowance, bool) {
+    let bandwidth = positive_rate(reader, problems, "bandwidth");
+    let reserve = rate(reader, problems, "reserve").unwrap_or_default();
+    let is_missing = !reader.has("bandwidth");
+    let probe = reader.boolean(problems, "probe").unwrap_or(is_missing);
+    if is_missing && !probe {
+        reader.missing(problems, "bandwidth", &format!("{RATE}, or `probe = true`"));
+    }
+    let allowance = Allowance { bandwidth, reserve };
+    if bandwidth.is_some() && allowance.usable().is_none() {
+        let text = "`reserve` in [application] leaves nothing of `bandwidth`";
+        problems.at(&reader.span.clone(), text);
+    }
+    (allowance, probe)
 }
 
 fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) -> Termination {

@@ -50,7 +50,8 @@ fn problems(text: &str) -> Vec<(usize, String)> {
 #[test]
 fn a_whole_file_with_its_defaults() {
     let app = parse(GOOD).expect("good");
-    assert_eq!(app.bandwidth, BytesPerSecond(50_000_000));
+    assert_eq!(app.allowance.usable(), Some(BytesPerSecond(50_000_000)));
+    assert!(!app.probe && app.measure);
     assert_eq!(app.policy, Policy::Muster);
     assert_eq!(app.max_downtime, Duration::from_millis(300));
     assert_eq!(app.hard_downtime, Duration::from_millis(600));
@@ -111,11 +112,36 @@ fn unknown_keys_come_with_line_and_suggestion() {
     assert!(found.iter().any(|(line, text)| *line == 5
         && text.contains("unknown key `bandwith`")
         && text.contains("did you mean `bandwidth`?")));
-    assert!(
-        found
-            .iter()
-            .any(|(_, text)| text.contains("`bandwidth` is missing"))
-    );
+}
+
+#[test]
+fn a_bandwidth_is_given_or_probed_and_keeps_a_reserve() {
+    let of = |keys: &str| GOOD.replace("bandwidth = \"400Mbit/s\"", keys);
+    let app = parse(&of("")).expect("good");
+    assert!(app.probe && app.allowance.usable().is_none());
+    let app = parse(&of("reserve = \"5MB/s\"\nmeasure = false")).expect("good");
+    assert!(app.probe && !app.measure);
+    assert_eq!(app.allowance.reserve, BytesPerSecond(5_000_000));
+    let app = parse(&of(
+        "bandwidth = \"50MB/s\"\nreserve = \"5MB/s\"\nprobe = true",
+    ));
+    let app = app.expect("good");
+    assert!(app.probe);
+    assert_eq!(app.allowance.usable(), Some(BytesPerSecond(45_000_000)));
+    for (keys, expected) in [
+        ("probe = false", "`bandwidth` is missing"),
+        (
+            "bandwidth = \"5MB/s\"\nreserve = \"5MB/s\"",
+            "leaves nothing",
+        ),
+        ("reserve = \"-1MB/s\"", "`reserve`"),
+        ("reserve = \"1EB/s\"", "`reserve`"),
+        ("probe = \"yes\"", "true or false"),
+    ] {
+        let found = problems(&of(keys));
+        let named = found.iter().any(|(_, text)| text.contains(expected));
+        assert!(named, "{keys}: {found:?}");
+    }
 }
 
 #[test]

@@ -91,16 +91,23 @@ impl Inputs {
             });
             None
         });
-        if !problems.is_empty() {
-            return Err(MissingError { problems });
+        let bandwidth = outline.allowance.usable();
+        if bandwidth.is_none() {
+            problems.push(match outline.allowance.bandwidth {
+                Some(found) => format!("`reserve` leaves nothing of the bandwidth, {found}"),
+                None => "`bandwidth` is missing".into(),
+            });
         }
+        let Some(bandwidth) = bandwidth.filter(|_| problems.is_empty()) else {
+            return Err(MissingError { problems });
+        };
         let pairs = outline.traffic.iter().map(|traffic| {
             let [a, b] = traffic.between;
             (a.0, b.0, float(traffic.rate.0))
         });
         Ok(Self {
             stage,
-            limits: limits(outline),
+            limits: limits(outline, float(bandwidth.0)),
             traffic: Traffic::between(vms.len(), pairs),
             vms,
             tiers,
@@ -203,7 +210,7 @@ fn cap(rules: &bandwidth::Limits, memory: f64, working_set: f64) -> f64 {
 }
 
 /// The bandwidth, and every link, interface and disk that a VM passes.
-fn limits(outline: &Outline) -> Limits {
+fn limits(outline: &Outline, bandwidth: f64) -> Limits {
     let cut = |rate: u64, crosses: &dyn Fn(&OutlineVm) -> bool| Cut {
         rate: float(rate),
         crossed_by: outline.vms.iter().map(crosses).collect(),
@@ -228,7 +235,6 @@ fn limits(outline: &Outline) -> Limits {
             cuts.push(cut(rate.0, &|vm| on_disk(vm) && vm.to == here));
         }
     }
-    let bandwidth = float(outline.bandwidth.0);
     // One that never binds says nothing.
     cuts.retain(|cut| cut.rate < bandwidth && cut.crossed_by.contains(&true));
     Limits { bandwidth, cuts }
