@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rate_limiter::BytesPerSecond;
 use serde_json::Value;
+use sidecar::protocol::command::PrepareDisk;
 use sidecar::protocol::event::Envelope;
 use sidecar::protocol::types::Transport;
 use uuid::Uuid;
@@ -68,6 +69,7 @@ pub struct Conductor<'a, R> {
     plan: Plan,
     machines: BTreeMap<VmId, String>,
     transports: BTreeMap<VmId, Transport>,
+    disks: BTreeMap<VmId, Vec<PrepareDisk>>,
     random: R,
     started: Vec<Started>,
     waiting: VecDeque<(usize, Purpose)>,
@@ -92,6 +94,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             plan,
             machines,
             transports: BTreeMap::new(),
+            disks: BTreeMap::new(),
             random,
             started: Vec::new(),
             waiting,
@@ -99,6 +102,13 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             interrupted: false,
             outcome: None,
         }
+    }
+
+    /// The local disks of each VM, as preflight has found them.
+    #[must_use]
+    pub fn with_disks(mut self, disks: BTreeMap<VmId, Vec<PrepareDisk>>) -> Self {
+        self.disks = disks;
+        self
     }
 
     /// How the VMs' streams go; through the relay where nothing is said.
@@ -395,6 +405,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 token: self.random.token(),
                 machine: self.machines.get(&id).cloned(),
                 transport: self.transports.get(&id).copied().unwrap_or_default(),
+                disks: self.disks.get(&id).cloned().unwrap_or_default(),
                 profile: app.vm(id).profile,
             })
             .collect();

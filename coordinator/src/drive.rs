@@ -95,7 +95,8 @@ pub fn run(
         app,
         client,
         conductor: Conductor::new(app, plan, verdict.machines, SystemRandom)
-            .with_transports(verdict.transports),
+            .with_transports(verdict.transports)
+            .with_disks(verdict.disks),
         observer,
         heart,
         begun: Instant::now(),

@@ -96,6 +96,36 @@ pub struct VmConfig {
     /// Adopt a QEMU that already waits (`-incoming defer -S`) at the monitor instead.
     #[serde(default)]
     pub adopt: bool,
+    /// Local disks that may come with it.
+    #[serde(default, rename = "disk")]
+    pub disks: Vec<DiskConfig>,
+}
+
+/// `[[vm.disk]]`: a local disk, as the VM has it on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskConfig {
+    /// Its block node in QEMU.
+    pub node: String,
+    /// The image that is made for it before its QEMU is started.
+    pub image: PathBuf,
+    /// What kind of image.
+    #[serde(default)]
+    pub format: ImageFormat,
+    /// An image that is there already is written over; else it is refused.
+    #[serde(default)]
+    pub reuse: bool,
+}
+
+/// Kinds of images that can be made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    /// As many bytes as the disk has, without holes filled.
+    #[default]
+    Raw,
+    /// QEMU's own.
+    Qcow2,
 }
 
 fn default_state_dir() -> PathBuf {
@@ -137,6 +167,15 @@ pub enum ConfigError {
         /// Every problem.
         problems: Vec<String>,
     },
+}
+
+/// Whether a block node can have this name.
+#[must_use]
+pub fn is_node_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    (1..=31).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.chars().all(good)
 }
 
 /// A path of a unix socket may have so many bytes (sun_path less its zero).
@@ -218,6 +257,20 @@ impl Config {
                 problems.push(format!(
                     "the monitor's path of VM `{name}` is longer than {MAX_SOCKET_PATH} bytes"
                 ));
+            }
+            for (index, disk) in vm.disks.iter().enumerate() {
+                let node = &disk.node;
+                if !is_node_name(node) {
+                    problems.push(format!("VM `{name}`: `{node}` is no name of a block node"));
+                }
+                if vm.disks[..index].iter().any(|other| other.node == *node) {
+                    problems.push(format!("VM `{name}`: disk `{node}` is there twice"));
+                }
+                if !disk.image.is_absolute() {
+                    problems.push(format!(
+                        "VM `{name}`, disk `{node}`: `image` must be an absolute path"
+                    ));
+                }
             }
             if vm.incoming.is_empty() {
                 continue;

@@ -54,6 +54,12 @@ pub struct NoteVm {
     pub was_running: bool,
     /// Capabilities and parameters to put back.
     pub originals: Option<(Value, Value)>,
+    /// Local disks that move with it (their block nodes).
+    #[serde(default)]
+    pub disks: Vec<String>,
+    /// Destination: images that were made for it.
+    #[serde(default)]
+    pub created: Vec<PathBuf>,
     /// The process, and its start time in clock ticks since boot (so that a reused number is not
     /// taken for it).
     pub process: Option<(i32, u64)>,

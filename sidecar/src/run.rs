@@ -178,6 +178,17 @@ pub enum RunOutput {
     Ended,
 }
 
+/// What the daemon knows of a half for its note.
+#[derive(Debug, Clone, Default)]
+pub struct NotePlace {
+    /// The monitor's path.
+    pub qmp: String,
+    /// The process, and its start time.
+    pub process: Option<(i32, u64)>,
+    /// Images that were made for it.
+    pub created: Vec<std::path::PathBuf>,
+}
+
 /// One run. See the module.
 #[derive(Debug)]
 pub struct Run {
@@ -532,9 +543,16 @@ impl Run {
 
     /// The note of this run; `place` adds what the daemon knows of each half: monitor's path and
     /// process.
-    pub fn note(&self, mut place: impl FnMut(usize) -> (String, Option<(i32, u64)>)) -> Note {
+    pub fn note(&self, mut place: impl FnMut(usize) -> NotePlace) -> Note {
         let vms = self.halves.iter().enumerate().map(|(index, half)| {
-            let (qmp, process) = place(index);
+            let place = place(index);
+            let disks = match half {
+                VmHalf::Source(source) => source.disk_nodes(),
+                VmHalf::Destination(destination) => {
+                    let nodes = destination.disks().iter();
+                    nodes.map(|disk| disk.node.clone()).collect()
+                }
+            };
             let (role, released, was_running, originals) = match half {
                 VmHalf::Source(source) => (
                     Role::Source,
@@ -551,11 +569,13 @@ impl Run {
                 vm: half.half().name.clone(),
                 uuid: half.half().uuid,
                 role,
-                qmp,
+                qmp: place.qmp,
                 released,
                 was_running,
                 originals,
-                process,
+                disks,
+                created: place.created,
+                process: place.process,
             }
         });
         Note {

@@ -141,8 +141,17 @@ pub struct Vm {
     pub to: HostId,
     /// How its stream goes, where it says so itself.
     pub transport: Option<TransportChoice>,
+    /// Local disks that move with it; its other disks are on both hosts already.
+    pub disks: Vec<Disk>,
     /// What is known of its memory and disk, for the planner.
     pub profile: VmProfile,
+}
+
+/// A local disk of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Its block node, by the same name on both hosts.
+    pub node: String,
 }
 
 /// What is known of a VM's load: what the file says, and what was measured where it says nothing. The

@@ -1,5 +1,6 @@
 //! From the file's tables to an [`Application`]: keys, references, and what must fit together.
 
+mod disks;
 mod draft;
 mod profile;
 mod settings;
@@ -93,7 +94,7 @@ fn check_version(top: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) {
 }
 
 /// The tables of an array of tables, such as every `[[vm]]`.
-fn tables<'d, 'i>(
+pub(super) fn tables<'d, 'i>(
     top: &mut TableReader<'d, 'i>,
     key: &'static str,
     problems: &mut Problems<'_>,
@@ -260,11 +261,13 @@ fn read_vms(
             }
         }
         let transport = settings::read_transport(&mut reader, problems);
+        let disks = disks::read_disks(&mut reader, problems);
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
         vms.push(DraftVm {
             uuid,
             transport,
+            disks,
             known: OutlineVm {
                 name,
                 tier,

@@ -118,12 +118,16 @@ impl GroupRun {
 
     /// Until when the group must be released.
     pub(super) fn release_deadline(&self) -> Option<Duration> {
-        let memory = self.vms.iter().map(|vm| vm.memory_bytes).sum();
+        let whole = |vm: &super::halves::VmRun| {
+            let disks = vm.member.disks.iter().map(|disk| disk.size_bytes);
+            disks.fold(vm.memory_bytes, u64::saturating_add)
+        };
+        let all = self.vms.iter().map(whole).fold(0, u64::saturating_add);
         let once = self
             .spec
             .capacity
             .rate(self.vms.len())
-            .time_for(rate_limiter::Bytes(memory));
+            .time_for(rate_limiter::Bytes(all));
         let generous = Duration::from_secs(60).saturating_add(once.saturating_mul(10));
         let limit = self.spec.limits.deadline.unwrap_or(generous);
         // VMs that were put into the hold at the deadline get their time to be released.
@@ -256,6 +260,7 @@ fn prepare(spec: &GroupSpec, role: Role, host: HostId) -> PrepareArgs {
                 token: member.token.clone(),
                 machine: member.machine.clone(),
                 transport: member.transport,
+                disks: member.disks.clone(),
             })
             .collect(),
     }

@@ -35,7 +35,7 @@ mod tests;
 use std::fmt;
 use std::time::Duration;
 
-use sidecar::protocol::command::{Command, Termination};
+use sidecar::protocol::command::{Command, PrepareDisk, Termination};
 use sidecar::protocol::types::{Decision, Transport};
 use uuid::Uuid;
 
@@ -89,6 +89,8 @@ pub struct Member {
     pub machine: Option<String>,
     /// How its stream goes.
     pub transport: Transport,
+    /// Local disks that move with it.
+    pub disks: Vec<PrepareDisk>,
     /// What is known of its load beforehand.
     pub profile: VmProfile,
 }

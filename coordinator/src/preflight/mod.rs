@@ -2,6 +2,7 @@
 //!
 //! [`gather`] asks the sidecars; [`judge`] is pure and names every problem at once.
 
+mod disks;
 #[cfg(test)]
 mod tests;
 mod transport;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use rate_limiter::Bytes;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use sidecar::protocol::command::{Command, QueryVmArgs};
+use sidecar::protocol::command::{Command, PrepareDisk, QueryVmArgs};
 use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
@@ -59,6 +60,8 @@ pub struct Verdict {
     pub machines: BTreeMap<VmId, String>,
     /// How each VM's stream is to go.
     pub transports: BTreeMap<VmId, Transport>,
+    /// Local disks that move, with their sizes.
+    pub disks: BTreeMap<VmId, Vec<PrepareDisk>>,
 }
 
 /// Asks the sidecars of every host that takes part.
@@ -291,6 +294,7 @@ fn judge_vm(app: &Application, hold: bool, facts: &Facts, id: VmId, verdict: &mu
         Some(Ok(host)) => host.vms.iter().find(|entry| entry.vm == vm.name),
         _ => None,
     };
+    disks::judge(app, hold, info, there, id, verdict);
     let found = transport::Found {
         source: info.qemu_build,
         destination: there.and_then(|entry| entry.incoming_build),

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::status::RunSummary;
-use sidecar::protocol::types::QemuBuild;
+use sidecar::protocol::types::{DiskInfo, QemuBuild};
 
 fn app() -> Application {
     let text = r#"
@@ -21,6 +21,7 @@ fn app() -> Application {
 
 fn host(name: &str) -> HostFacts {
     let entry = |vm: &str| VmEntry {
+        disks: Some(Vec::new()),
         vm: vm.into(),
         qmp: None,
         qmp_present: name == "a",
@@ -49,6 +50,7 @@ fn host(name: &str) -> HostFacts {
 
 fn vm(uuid: u128) -> VmInfo {
     VmInfo {
+        disks: Vec::new(),
         vm: String::new(),
         uuid: Uuid::from_u128(uuid),
         status: "running".into(),
@@ -145,4 +147,59 @@ fn versions() {
     assert_eq!(machine_version("pc-i440fx-10.0"), Some((10, 0)));
     assert_eq!(machine_version("pc-q35-9.2"), Some((9, 2)));
     assert_eq!(machine_version("microvm"), None);
+}
+
+#[test]
+fn local_disks_are_found_or_named() {
+    let text = r#"
+        version = 1
+        application = { name = "shop", bandwidth = "50MB/s" }
+        host = [{ name = "a", control = "unix:/a" }, { name = "b", control = "unix:/b" }]
+        [[vm]]
+        name = "web"
+        uuid = "00000000-0000-0000-0000-000000000001"
+        from = "a"
+        to = "b"
+        disks = [{ node = "root" }, { node = "data" }, { node = "cd" }]
+    "#;
+    let app = Application::parse(text, Path::new("test")).expect("good");
+    let mut facts = facts();
+    let info = |node: &str, size_bytes| DiskInfo {
+        node: node.into(),
+        size_bytes,
+        format: "raw".into(),
+        read_only: node == "cd",
+    };
+    let mut web = vm(1);
+    web.disks = vec![info("root", 4096), info("cd", 1)];
+    facts.vms = BTreeMap::from([(VmId(0), Ok(web))]);
+    let verdict = judge(&app, Policy::Sequential, &facts);
+    for needle in [
+        "there is no block node `data`; it has root, cd",
+        "disk `cd` is read-only",
+        "host b has no place for its disk `root`",
+        "only under a policy that holds",
+    ] {
+        let found = verdict.problems.iter().any(|text| text.contains(needle));
+        assert!(found, "{needle}: {:?}", verdict.problems);
+    }
+    let mut b = host("b");
+    b.vms[0].disks = Some(vec!["root".into(), "data".into(), "cd".into()]);
+    facts.hosts.insert(HostId(1), Ok(b));
+    let mut web = vm(1);
+    web.disks = vec![info("root", 4096), info("data", 8192)];
+    web.disks.push(DiskInfo {
+        read_only: false,
+        ..info("cd", 1)
+    });
+    web.qemu_build = QemuBuild::Patched;
+    facts.vms = BTreeMap::from([(VmId(0), Ok(web))]);
+    let verdict = judge(&app, Policy::Muster, &facts);
+    assert_eq!(verdict.problems, Vec::<String>::new());
+    let sizes: Vec<u64> = verdict.disks[&VmId(0)]
+        .iter()
+        .map(|d| d.size_bytes)
+        .collect();
+    assert_eq!(sizes, [4096, 8192, 1]);
+    assert_eq!(verdict.transports[&VmId(0)], Transport::Relay);
 }

@@ -26,6 +26,8 @@ pub(super) fn choose(
     let throttles = found.hold && app.on_non_convergence == OnNonConvergence::Throttle;
     let against = if app.multifd_channels > 0 {
         Some("multifd needs several connections, transport direct has one")
+    } else if !vm.disks.is_empty() {
+        Some("its local disks need the relay")
     } else if throttles {
         Some("a patched QEMU does not throttle while it holds (on-non-convergence = throttle)")
     } else {

@@ -71,6 +71,7 @@ impl Driver {
         let [from, to] = self.hosts;
         for (host, role) in [(to, Role::Destination), (from, Role::Source)] {
             let vm = PrepareVm {
+                disks: Vec::new(),
                 vm: self.vm.clone(),
                 uuid: self.uuid,
                 token: self.token.clone(),

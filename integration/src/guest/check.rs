@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::{FIRST_PAGE, PAGE, Params, TAG};
+use super::{FIRST_PAGE, PAGE, PARAMS, Params, TAG};
 
 /// Where the guest's control block lies.
 pub const CONTROL_BLOCK: u64 = 0x1000;
@@ -43,8 +43,14 @@ pub struct GuestState {
     pub ticks: u32,
     /// Page writes since it was ready: the number of the last one.
     pub writes: u32,
+    /// Disk writes begun.
+    pub disk_begun: u32,
+    /// Disk writes that the disk has acknowledged.
+    pub disk_done: u32,
+    /// Disk writes that failed.
+    pub disk_failed: u32,
     /// The guest's own copy of its parameters.
-    pub params: [u32; 8],
+    pub params: [u32; PARAMS],
 }
 
 /// What is wrong with a guest's RAM.
@@ -68,9 +74,9 @@ pub enum ImageError {
     #[error("the guest's parameters are {found:x?}, expected {expected:x?}")]
     Params {
         /// What stands in RAM.
-        found: [u32; 8],
+        found: [u32; PARAMS],
         /// What its ROM was made with.
-        expected: [u32; 8],
+        expected: [u32; PARAMS],
     },
     /// A page does not hold what it must.
     #[error(
@@ -111,7 +117,7 @@ pub fn page_version(page: u32, data: &[u8]) -> Option<u32> {
 /// # Errors
 /// If it cannot be read, or the guest is not ready.
 pub fn state(ram: &(impl PageReader + ?Sized)) -> Result<GuestState, ImageError> {
-    let mut block = [0; 96];
+    let mut block = [0; PARAMS_AT + 4 * PARAMS];
     ram.read(CONTROL_BLOCK, &mut block)
         .map_err(|error| ImageError::Read {
             address: CONTROL_BLOCK,
@@ -125,6 +131,9 @@ pub fn state(ram: &(impl PageReader + ?Sized)) -> Result<GuestState, ImageError>
     Ok(GuestState {
         ticks: word(&block, 4),
         writes: word(&block, 8),
+        disk_begun: word(&block, 36),
+        disk_done: word(&block, 40),
+        disk_failed: word(&block, 52),
         params: std::array::from_fn(|index| word(&block, PARAMS_AT + 4 * index)),
     })
 }

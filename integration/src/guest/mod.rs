@@ -7,12 +7,16 @@
 //! the page, and the number ^ page number ^ "MUST" at offset 4. The order of the pages is fixed
 //! by the parameters, so the write counter alone says what every page must hold
 //! ([`check`](check::check)): a page that a migration lost shows an old number.
+//!
+//! A guest with a disk writes numbered blocks to it in the same way, and counts those that the disk
+//! has acknowledged ([`disk`]).
 
 pub mod check;
 mod spec;
 
+pub mod disk;
 pub use check::{GuestState, ImageError, PageReader};
-pub use spec::{Access, GuestSpec, GuestSpecError, OnOff};
+pub use spec::{Access, DiskSpec, GuestSpec, GuestSpecError, OnOff};
 
 use crate::sys;
 
@@ -30,6 +34,9 @@ pub const TAG: u32 = 0x4d55_5354;
 pub const TICK_PORT: u16 = 0xe9;
 /// Frequency of the timer's input.
 const PIT_HZ: u32 = 1_193_182;
+
+/// How many parameters there are.
+pub const PARAMS: usize = 10;
 
 /// What is written over the first words of the guest's code, in the order of rom.S.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,12 +57,16 @@ pub struct Params {
     pub random: u32,
     /// Divisor of the timer's 1 193 182 Hz.
     pub divisor: u32,
+    /// Blocks of 4 KiB of its disk; 0: it has none.
+    pub disk_blocks: u32,
+    /// Disk writes per tick, as a 16.16 fixed-point number, at most one.
+    pub disk_rate: u32,
 }
 
 impl Params {
     /// The parameters as words, in the order of rom.S.
     #[must_use]
-    pub fn words(&self) -> [u32; 8] {
+    pub fn words(&self) -> [u32; PARAMS] {
         [
             self.end_page,
             self.base_page,
@@ -65,6 +76,8 @@ impl Params {
             self.ticks_off,
             self.random,
             self.divisor,
+            self.disk_blocks,
+            self.disk_rate,
         ]
     }
 

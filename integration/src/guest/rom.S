@@ -20,6 +20,11 @@
 .set PHASE,    CONTROL + 24     # 1: writing, 0: quiet
 .set LCG,      CONTROL + 28
 .set LIMIT,    CONTROL + 32     # address behind the working set
+.set D_BEGUN,  CONTROL + 36     # disk writes begun: the number of the latest
+.set D_DONE,   CONTROL + 40     # disk writes that the disk has acknowledged
+.set D_BLOCK,  CONTROL + 44     # block of the next disk write
+.set D_OWED,   CONTROL + 48     # 16.16 fraction of a disk write owed
+.set D_FAILED, CONTROL + 52     # disk writes that failed, and were begun again
 .set PARAMS,   CONTROL + 64     # copy of the parameters
 .set P_END,    PARAMS + 0       # first page number behind RAM
 .set P_BASE,   PARAMS + 4       # first page of the working set
@@ -29,7 +34,10 @@
 .set P_OFF,    PARAMS + 20      # ticks quiet; 0: always writing
 .set P_RANDOM, PARAMS + 24      # 0: sweep, 1: random pages
 .set P_PIT,    PARAMS + 28      # divisor of 1 193 182 Hz
-.set P_COUNT,  8
+.set P_BLOCKS, PARAMS + 32      # 4 KiB blocks of the disk; 0: there is none
+.set P_DRATE,  PARAMS + 36      # disk writes per tick, 16.16; at most one
+.set P_COUNT,  10
+.set BUFFER,   0x2000           # a block on its way to the disk
 .set FIRST,    256              # first tagged page: RAM above 1 MiB
 .set STACK,    0x0c00
 
@@ -145,6 +153,22 @@ rom_entry:
     xorl %ebp, %ebp
     xorl %esi, %esi
 
+    # The disk: no interrupts, eight sectors at a time.
+    cmpl $0, P_BLOCKS
+    je 1f
+    movw $0x3f6, %dx
+    movb $2, %al
+    outb %al, %dx
+    movw $0x1f6, %dx
+    movb $0xe0, %al
+    outb %al, %dx
+    movw $0x1f2, %dx
+    movb $8, %al
+    outb %al, %dx
+    movw $0x1f7, %dx
+    movb $0xc6, %al                     # SET MULTIPLE MODE
+    outb %al, %dx
+1:
     # PIT channel 0, mode 2.
     movb $0x34, %al
     outb %al, $0x43
@@ -165,7 +189,10 @@ rom_tick:
     movl %ebx, TICKS
     movb $0x20, %al
     outb %al, $0x20
-    cmpl $0, P_OFF
+    cmpl $0, P_BLOCKS
+    je 1f
+    call rom_disk
+1:  cmpl $0, P_OFF
     je rom_write
     decl LEFT
     jnz 1f
@@ -231,6 +258,82 @@ rom_random:
     cmpl %edx, %ebp
     jne rom_random
     iretw
+
+# The disk at the first IDE channel, one write of 4 KiB at a time, by PIO: the next block gets the
+# number of the write and the number ^ block ^ TAG, at its beginning and again at its end.
+rom_disk:
+    movl D_BEGUN, %eax
+    cmpl D_DONE, %eax
+    je 2f                               # nothing is under way
+    movw $0x1f7, %dx
+    inb %dx, %al
+    testb $0x80, %al
+    jnz 9f                              # busy
+    testb $0x21, %al
+    jz 1f
+    incl D_FAILED
+    decl D_BEGUN
+    jmp 2f
+1:  movl D_BEGUN, %eax
+    movl %eax, D_DONE                   # acknowledged
+    movl D_BLOCK, %eax
+    incl %eax
+    cmpl P_BLOCKS, %eax
+    jb 1f
+    xorl %eax, %eax
+1:  movl %eax, D_BLOCK
+2:  movl P_DRATE, %eax
+    addl %eax, D_OWED
+    cmpl $0x10000, D_OWED
+    jb 9f
+    subl $0x10000, D_OWED
+    pushl %ecx
+    pushl %esi
+    movl D_BEGUN, %esi
+    incl %esi
+    movl D_BLOCK, %ecx
+    movl %esi, BUFFER
+    movl %esi, BUFFER + 4088
+    movl %esi, %eax
+    xorl %ecx, %eax
+    xorl $TAG, %eax
+    movl %eax, BUFFER + 4
+    movl %eax, BUFFER + 4092
+    movl %esi, D_BEGUN
+    shll $3, %ecx                       # its first sector
+    movw $0x1f2, %dx
+    movb $8, %al
+    outb %al, %dx
+    incw %dx
+    movb %cl, %al
+    outb %al, %dx
+    incw %dx
+    movb %ch, %al
+    outb %al, %dx
+    shrl $16, %ecx
+    incw %dx
+    movb %cl, %al
+    outb %al, %dx
+    incw %dx
+    movb %ch, %al
+    andb $0x0f, %al
+    orb $0xe0, %al
+    outb %al, %dx
+    incw %dx
+    movb $0xc5, %al                     # WRITE MULTIPLE
+    outb %al, %dx
+3:  inb %dx, %al
+    testb $0x21, %al
+    jnz 4f                              # failed: the next tick sees it
+    testb $0x08, %al
+    jz 3b
+    movw $0x1f0, %dx
+    movl $BUFFER, %esi
+    movl $1024, %ecx
+    rep outsl
+4:  popl %esi
+    popl %ecx
+9:  ret
 
     .org muster_rom_start + 0xff0, 0xf4
     .byte 0xea                          # ljmpw $0xf000, $rom_entry

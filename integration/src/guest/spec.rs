@@ -54,6 +54,17 @@ pub struct GuestSpec {
     pub access: Access,
     /// Phases, if it does not write all the time.
     pub on_off: Option<OnOff>,
+    /// Its disk, if it has one.
+    pub disk: Option<DiskSpec>,
+}
+
+/// A guest's disk: it writes block after block, round and round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Its size; a multiple of 4 KiB.
+    pub size: Bytes,
+    /// How much the guest writes to it, at most 4 KiB a tick.
+    pub rate: BytesPerSecond,
 }
 
 /// Why a guest cannot be made as asked.
@@ -119,6 +130,18 @@ pub enum GuestSpecError {
         /// What was asked for.
         dirty_rate: BytesPerSecond,
     },
+    /// The disk's size or rate is not possible.
+    #[error(
+        "guest `{name}`: a disk of {size} written at {rate} is not possible; expected 4 KiB to 1 GiB, at most 4 KiB a tick"
+    )]
+    Disk {
+        /// Which guest.
+        name: String,
+        /// The size asked for.
+        size: Bytes,
+        /// The rate asked for.
+        rate: BytesPerSecond,
+    },
     /// A phase is shorter than a tick.
     #[error("guest `{name}`: a phase of {phase:?} is shorter than a tick or longer than 10 days")]
     Phase {
@@ -183,7 +206,10 @@ impl GuestSpec {
             Some(OnOff { on, off }) => (ticks(on)?, ticks(off)?),
             None => (1, 0),
         };
+        let (disk_blocks, disk_rate) = self.disk_params(divisor)?;
         Ok(Params {
+            disk_blocks,
+            disk_rate,
             end_page,
             base_page: WORKING_SET_PAGE,
             pages,
@@ -193,6 +219,22 @@ impl GuestSpec {
             random: u32::from(self.access == Access::Random),
             divisor,
         })
+    }
+
+    fn disk_params(&self, divisor: u32) -> Result<(u32, u32), GuestSpecError> {
+        let Some(DiskSpec { size, rate }) = self.disk else {
+            return Ok((0, 0));
+        };
+        let bad = || GuestSpecError::Disk {
+            name: self.name.clone(),
+            size,
+            rate,
+        };
+        let blocks = u32::try_from(size.0 / PAGE).map_err(|_| bad())?;
+        let per_tick = u128::from(rate.0) * 16 * u128::from(divisor) / u128::from(PIT_HZ);
+        let per_tick = u32::try_from(per_tick).map_err(|_| bad())?;
+        let fits = size.0 % PAGE == 0 && (1..=1 << 18).contains(&blocks) && per_tick <= 1 << 16;
+        fits.then_some((blocks, per_tick)).ok_or_else(bad)
     }
 
     /// The guest's ROM: the same bytes wherever and whenever it is made.
@@ -247,6 +289,7 @@ impl FromStr for GuestSpec {
             tick_hz: DEFAULT_TICK_HZ,
             access: Access::Sweep,
             on_off: None,
+            disk: None,
         };
         spec.params()?;
         Ok(spec)

@@ -6,7 +6,7 @@ use coordinator::Application;
 
 use super::{Lab, LabError};
 use crate::guest::GuestSpec;
-use crate::qemu::Role;
+use crate::qemu::{DISK_NODE, Role};
 
 /// A string as TOML writes it.
 fn quoted(text: &str) -> String {
@@ -51,6 +51,14 @@ impl Lab {
             let template = self.launch(&guest.name, host)?.template(Role::Incoming)?;
             let words: Vec<String> = template.iter().map(|word| quoted(word)).collect();
             let _ = writeln!(text, "incoming = [{}]", words.join(", "));
+            if guest.disk.is_some() {
+                let image = &self.launch(&guest.name, host)?.image;
+                let image = quoted(&image.to_string_lossy());
+                let _ = write!(
+                    text,
+                    "\n[[vm.disk]]\nnode = \"{DISK_NODE}\"\nimage = {image}\nreuse = true\n"
+                );
+            }
         }
         Ok(text)
     }
@@ -99,6 +107,9 @@ impl Lab {
                 quoted(to)
             );
             text += &profile(guest);
+            if guest.disk.is_some() {
+                let _ = write!(text, "\n[[vm.disks]]\nnode = \"{DISK_NODE}\"\n");
+            }
         }
         for (one, other, rate) in &self.spec.traffic {
             if !chosen(one) || !chosen(other) {

@@ -346,6 +346,14 @@ impl Lab {
         })
     }
 
+    /// The image of a guest's disk on a host, whether or not it is there.
+    ///
+    /// # Errors
+    /// There is no such guest.
+    pub fn image(&self, guest: &str, host: &str) -> Result<PathBuf, LabError> {
+        Ok(self.launch(guest, host)?.image.clone())
+    }
+
     /// The guest's specification.
     ///
     /// # Errors

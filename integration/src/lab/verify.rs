@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Lab, LabError};
 use crate::clock::Micros;
-use crate::guest::check;
+use crate::guest::{check, disk};
 use crate::memory::{self, GuestRam};
 use crate::ticks::Record;
 
@@ -25,7 +25,8 @@ pub struct Seen {
     pub problem: Option<String>,
 }
 
-/// Stops a guest for a moment and checks all of its RAM against its own account of what it wrote:
+/// Stops a guest for a moment and checks all of its RAM, and its disk, against its own account of what
+/// it wrote:
 /// the order of its writes is fixed, so its counter says what every page must hold, and a page that
 /// a migration lost shows an older one.
 ///
@@ -36,14 +37,20 @@ pub fn verify_stopped(lab: &Lab, guest: &str, host: &str) -> anyhow::Result<()> 
     let mut monitor = lab.monitor(guest, host)?;
     let ram = GuestRam::open(&mut monitor, spec.memory)?;
     monitor.execute("stop", serde_json::json!({}), LIMIT)?;
-    let checked = check::check(&ram, &spec.params()?);
+    let params = spec.params()?;
+    let checked = check::check(&ram, &params).map_err(anyhow::Error::from);
+    let checked = checked.and_then(|state| {
+        if spec.disk.is_some() {
+            disk::check(&lab.launch(guest, host)?.image, &params, &state)?;
+        }
+        Ok(())
+    });
     monitor.execute("cont", serde_json::json!({}), LIMIT)?;
-    checked?;
-    Ok(())
+    checked
 }
 
-/// Compares the RAM of a guest that is paused on both sides, page by page, and with the guest's
-/// own account of what it wrote.
+/// Compares the RAM of a guest that is paused on both sides, page by page, and its disk, and both with
+/// the guest's own account of what it wrote.
 ///
 /// # Errors
 /// They differ, or one cannot be read.
@@ -55,7 +62,13 @@ pub fn verify_paused(lab: &Lab, guest: &str, from: &str, to: &str) -> anyhow::Re
         memory::compare_paused(&source, &destination)?;
         anyhow::bail!("the hashes of {guest}'s RAM differ");
     }
-    check::check(&destination, &spec.params()?)?;
+    let params = spec.params()?;
+    let state = check::check(&destination, &params)?;
+    if spec.disk.is_some() {
+        let (there, here) = (lab.launch(guest, from)?, lab.launch(guest, to)?);
+        disk::compare(&there.image, &here.image, &params)?;
+        disk::check(&here.image, &params, &state)?;
+    }
     Ok(())
 }
 

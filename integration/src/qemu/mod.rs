@@ -7,6 +7,7 @@
 
 pub mod accel;
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ use crate::qmp::{Qmp, QmpError};
 
 /// Stands in a command template for the path of the QMP socket.
 pub const QMP_PLACEHOLDER: &str = "{qmp}";
+/// Block node of a guest's disk.
+pub const DISK_NODE: &str = "disk0";
 /// The oldest QEMU that can be held.
 pub const MIN_VERSION: (u32, u32) = (8, 1);
 const MONITOR_LIMIT: Duration = Duration::from_secs(10);
@@ -71,6 +74,14 @@ pub enum QemuError {
     /// The guest's ROM could not be written.
     #[error("cannot write the guest's ROM {path}: {error}")]
     Rom {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// The image of a guest's disk could not be made.
+    #[error("cannot make the disk {path}: {error}")]
+    Image {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -255,6 +266,8 @@ pub struct Launch {
     pub ticks: PathBuf,
     /// The socket of the testbed's own monitor.
     pub observe: PathBuf,
+    /// The image of its disk on this host, where it has one.
+    pub image: PathBuf,
     /// Another program than the installed one.
     program: Option<String>,
     /// Guest memory that outlives QEMU.
@@ -284,6 +297,7 @@ impl Launch {
             rom,
             ticks,
             observe: directory.join(format!("{}.{host}.observe", spec.name)),
+            image: directory.join(format!("{}.{host}.img", spec.name)),
             program: None,
             memory: None,
         })
@@ -358,6 +372,18 @@ impl Launch {
             "-device",
             format!("isa-debugcon,iobase={TICK_PORT:#x},chardev=ticks"),
         );
+        if self.spec.disk.is_some() {
+            let image = quote(&self.image);
+            option(
+                "-blockdev",
+                format!("driver=file,node-name={DISK_NODE}-file,filename={image}"),
+            );
+            option(
+                "-blockdev",
+                format!("driver=raw,node-name={DISK_NODE},file={DISK_NODE}-file"),
+            );
+            option("-device", format!("ide-hd,bus=ide.0,drive={DISK_NODE}"));
+        }
         option("-qmp", format!("unix:{QMP_PLACEHOLDER},server=on,wait=off"));
         option(
             "-qmp",
@@ -370,11 +396,25 @@ impl Launch {
         Ok(command)
     }
 
+    /// Makes the image of its disk, unless it is there.
+    fn make_image(&self) -> Result<(), QemuError> {
+        let Some(disk) = self.spec.disk.filter(|_| !self.image.exists()) else {
+            return Ok(());
+        };
+        File::create_new(&self.image)
+            .and_then(|file| file.set_len(disk.size.0))
+            .map_err(|error| QemuError::Image {
+                path: self.image.clone(),
+                error,
+            })
+    }
+
     /// Starts it, with Muster's monitor at `qmp`, and connects the testbed's own.
     ///
     /// # Errors
     /// If it does not start or its monitor does not answer within 10 seconds.
     pub fn start(&self, role: Role, qmp: &Path, isolation: &Isolation) -> Result<Qemu, QemuError> {
+        self.make_image()?;
         let template = self.template(role)?;
         let qmp_text = quote(qmp);
         let mut words = template

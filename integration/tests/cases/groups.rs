@@ -121,12 +121,23 @@ pub fn nothing_left(lab: &Lab, guests_on: &str) -> Result<()> {
     Ok(())
 }
 
-/// Compares every guest's RAM on both sides when all have arrived, before the decision.
-struct Barrier<'a> {
+/// Compares every guest's RAM and disk on both sides when all have arrived, before the decision.
+pub struct Barrier<'a> {
     lab: &'a Lab,
     from: &'a str,
     to: &'a str,
-    result: Option<Result<()>>,
+    pub result: Option<Result<()>>,
+}
+
+impl<'a> Barrier<'a> {
+    pub fn new(lab: &'a Lab, from: &'a str, to: &'a str) -> Self {
+        Self {
+            lab,
+            from,
+            to,
+            result: None,
+        }
+    }
 }
 
 impl Observer for Barrier<'_> {
@@ -144,12 +155,7 @@ pub fn there_and_back(accel: Accel) -> Result<()> {
     let before = migration_settings(&lab, "a")?;
     for (from, to) in [("a", "b"), ("b", "a")] {
         let since = Micros::now();
-        let mut barrier = Barrier {
-            lab: &lab,
-            from,
-            to,
-            result: None,
-        };
+        let mut barrier = Barrier::new(&lab, from, to);
         let report = go(&lab, Policy::Muster, from, to, &mut barrier)?;
         ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
         barrier.result.context("they never arrived")??;

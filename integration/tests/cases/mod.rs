@@ -4,6 +4,7 @@ mod benches;
 mod commands;
 mod direct;
 mod dirty_log;
+mod disks;
 mod groups;
 mod guests;
 mod measure;
@@ -38,6 +39,15 @@ pub const GUEST_CASES: &[(&str, GuestCase)] = &[
     (
         "a_group_moves_there_and_back_together",
         groups::there_and_back,
+    ),
+    ("local_disks_move_with_their_group", disks::there_and_back),
+    (
+        "a_source_keeps_its_disk_when_a_destination_dies",
+        disks::taken_back,
+    ),
+    (
+        "a_hung_destination_does_not_stop_a_guests_disk",
+        disks::hung,
     ),
     ("every_policy_moves_every_vm", groups::every_policy),
     ("several_channels_carry_a_group", groups::several_channels),

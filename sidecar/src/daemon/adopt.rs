@@ -56,11 +56,13 @@ impl Daemon {
                 // Where QEMU connected to the earlier life.
                 let _ = std::fs::remove_file(outgoing_path(&self.config.runtime_dir, &vm.vm));
             }
-            io.push(HalfIo::new(
+            let mut half = HalfIo::new(
                 vm.qmp.clone().into(),
                 self.incoming_path(&vm.vm),
                 StreamToken([0; 32]),
-            ));
+            );
+            half.created.clone_from(&vm.created);
+            io.push(half);
             let known = vm
                 .process
                 .and_then(|(pid, started)| Process::watch_same(pid, started).ok());
@@ -94,15 +96,18 @@ impl Daemon {
 fn adopt_half(now: Now, vm: &NoteVm, settings: Settings) -> VmHalf {
     let name = vm.vm.clone();
     match vm.role {
-        Role::Source => VmHalf::Source(Box::new(Source::adopt(
-            now,
-            name,
-            vm.uuid,
-            settings,
-            vm.released,
-            vm.originals.clone(),
-            vm.was_running,
-        ))),
+        Role::Source => {
+            let source = Source::adopt(
+                now,
+                name,
+                vm.uuid,
+                settings,
+                vm.released,
+                vm.originals.clone(),
+                vm.was_running,
+            );
+            VmHalf::Source(Box::new(source.with_adopted_disks(&vm.disks)))
+        }
         Role::Destination => VmHalf::Destination(Box::new(Destination::adopt(
             now,
             name,

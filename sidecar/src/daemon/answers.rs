@@ -99,6 +99,10 @@ impl Daemon {
                 incoming_build: config
                     .and_then(|vm| vm.incoming.first())
                     .and_then(|program| self.programs.build(program)),
+                disks: config.filter(|vm| !vm.adopt).map(|vm| {
+                    let nodes = vm.disks.iter().map(|disk| disk.node.clone());
+                    nodes.collect()
+                }),
                 vm: name,
             }
         };

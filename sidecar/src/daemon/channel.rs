@@ -1,6 +1,10 @@
 //! One channel of a migration stream: QEMU's unix socket on one side, the other sidecar on the
 //! other, a [`Pipe`] for each direction.
 //!
+//! The connection of a local disk is one too: NBD's requests go the way of the stream, paced, its
+//! answers come back. It ends in good order only from the source: QEMU there closes its NBD client,
+//! the destination's closes when its NBD server has stopped.
+//!
 //! Readiness is edge-triggered, so a channel remembers what it may still read or write: a paced
 //! reader that stops early gets no second notice.
 
@@ -12,13 +16,17 @@ use uuid::Uuid;
 use super::net::{Moved, Socket, read_some, write_some};
 use crate::protocol::types::Role;
 use crate::relay::Pipe;
-use crate::relay::hello::{Answer, HELLO_BYTES, Hello};
+use crate::relay::hello::{Answer, DISK_CHANNEL, HELLO_BYTES, Hello};
+use crate::relay::nbd::NbdWatch;
 use crate::relay::return_path::AckGate;
 
 /// A connection is made and answered within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(2);
 /// Bytes that wait for so long without any being taken mean a dead peer.
 const STALL: Duration = Duration::from_millis(2500);
+/// A write to a disk is answered within this time, or the connection is cut: the guest's own writes may
+/// come to wait for it.
+const SILENCE: Duration = Duration::from_secs(2);
 /// What is moved in one go, so that the loop stays responsive.
 const TURN_BYTES: usize = 2 << 20;
 
@@ -33,6 +41,8 @@ enum State {
     Greeted { hello: Vec<u8>, by: Instant },
     /// Bytes flow.
     Open,
+    /// Destination: the disk that it carried is complete, its NBD server is about to stop.
+    Lingering,
 }
 
 /// One side of a channel: its socket and what it may do.
@@ -87,12 +97,16 @@ pub struct Channel {
     pub peer: End,
     /// Bytes that crossed from source to destination.
     pub bytes: u64,
+    /// Whether it carries a local disk.
+    pub is_disk: bool,
     state: State,
     from_qemu: Pipe,
     to_qemu: Pipe,
     gate: Option<AckGate>,
     filtered: Vec<u8>,
     waiting_since: Option<Instant>,
+    /// Source: what the NBD server at the destination owes.
+    nbd: NbdWatch,
 }
 
 impl Channel {
@@ -114,6 +128,7 @@ impl Channel {
         channel.half = Some(half);
         channel.qemu = Some(qemu);
         channel.gate = gated.then(AckGate::new);
+        channel.is_disk = hello.channel == DISK_CHANNEL;
         channel
     }
 
@@ -134,12 +149,14 @@ impl Channel {
             qemu: None,
             peer,
             bytes: 0,
+            is_disk: false,
             state,
             from_qemu: Pipe::new(),
             to_qemu: Pipe::new(),
             gate: None,
             filtered: Vec::new(),
             waiting_since: None,
+            nbd: NbdWatch::default(),
         }
     }
 
@@ -150,11 +167,26 @@ impl Channel {
     }
 
     /// Destination: accepts the hello, `qemu` takes the stream.
-    pub fn accept(&mut self, half: HalfKey, qemu: End) {
+    pub fn accept(&mut self, half: HalfKey, qemu: End, is_disk: bool) {
         self.half = Some(half);
+        self.is_disk = is_disk;
         self.qemu = Some(qemu);
         self.state = State::Open;
         self.from_qemu.push(&[Answer::Accepted as u8]);
+    }
+
+    /// Destination: the source has closed its disk; keeps the connection until the NBD server has
+    /// stopped. What QEMU's end was.
+    pub fn linger(&mut self) -> Option<End> {
+        self.state = State::Lingering;
+        self.waiting_since = None;
+        self.qemu.take()
+    }
+
+    /// Whether it waits for the NBD server.
+    #[must_use]
+    pub fn is_lingering(&self) -> bool {
+        matches!(self.state, State::Lingering)
     }
 
     /// Takes readiness of the socket with this token.
@@ -193,6 +225,9 @@ impl Channel {
     /// Does what can be done without pacing. On the source's host the stream itself is only read
     /// here, [`Self::send`] writes it.
     pub fn step(&mut self, now: Instant) -> Step {
+        if self.is_lingering() {
+            return Step::Fine;
+        }
         match self.greet(now) {
             Step::Fine => {}
             step => return step,
@@ -203,7 +238,7 @@ impl Channel {
         }
         match self.role {
             Role::Source => self.step_source(now),
-            Role::Destination => self.step_destination(),
+            Role::Destination => self.step_destination(now),
         }
     }
 
@@ -214,12 +249,12 @@ impl Channel {
         if self.from_qemu.is_done() {
             self.peer.socket.shutdown_write();
         }
-        let back = self.carry_back();
+        let back = self.carry_back(now);
         self.watch(now);
         back
     }
 
-    fn step_destination(&mut self) -> Step {
+    fn step_destination(&mut self, now: Instant) -> Step {
         let mut moved = 0;
         while moved < TURN_BYTES {
             let Some(qemu) = &mut self.qemu else { break };
@@ -267,8 +302,12 @@ impl Channel {
             }
         }
         if self.from_qemu.is_done() {
-            // QEMU closed its end: it has loaded everything, or failed. Nothing more can come.
-            return Step::Finished;
+            // QEMU closed its end: it has loaded everything, or failed. Nothing more can come. An
+            // NBD server closes when it is told to, a moment before the source does.
+            if !self.is_disk || self.to_qemu.has_ended() {
+                return Step::Finished;
+            }
+            self.waiting_since.get_or_insert(now);
         }
         if moved >= TURN_BYTES {
             Step::More
@@ -279,7 +318,7 @@ impl Channel {
 
     fn greet(&mut self, now: Instant) -> Step {
         match &mut self.state {
-            State::Open => Step::Fine,
+            State::Open | State::Lingering => Step::Fine,
             State::Greeting { hello, by } => {
                 if let Some(error) = self.peer.socket.take_error() {
                     return broken("connecting to the destination's sidecar", &error);
@@ -364,6 +403,8 @@ impl Channel {
                     let _ = error;
                     self.from_qemu.end();
                 }
+                // An NBD client that was removed with answers unread.
+                Moved::Broken(_) if self.is_disk => self.from_qemu.end(),
                 Moved::Broken(error) => return broken("QEMU", &error),
             }
         }
@@ -371,10 +412,17 @@ impl Channel {
     }
 
     /// Source: carries the return path through the gate.
-    fn carry_back(&mut self) -> Step {
+    fn carry_back(&mut self, now: Instant) -> Step {
         let mut buffer = [0; 4096];
         while self.peer.readable && !self.to_qemu.has_ended() && self.to_qemu.free() > 8192 {
             match read_some(&mut self.peer.socket, &mut buffer) {
+                Moved::Bytes(n) if self.is_disk => {
+                    self.nbd.received(now, &buffer[..n]);
+                    // Else its NBD client is gone.
+                    if !self.from_qemu.has_ended() {
+                        self.to_qemu.push(&buffer[..n]);
+                    }
+                }
                 Moved::Bytes(n) => match &mut self.gate {
                     Some(gate) => {
                         self.filtered.clear();
@@ -392,6 +440,13 @@ impl Channel {
                 Moved::Broken(error) => return broken("the other sidecar", &error),
             }
         }
+        if self.is_disk && self.to_qemu.has_ended() {
+            return if self.from_qemu.is_done() {
+                Step::Finished
+            } else {
+                Step::Broken("the destination closed the connection of a disk".into())
+            };
+        }
         let Some(qemu) = &mut self.qemu else {
             return Step::Fine;
         };
@@ -399,6 +454,10 @@ impl Channel {
             match write_some(&mut qemu.socket, self.to_qemu.filled()) {
                 Moved::Bytes(n) => self.to_qemu.consume(n),
                 Moved::Blocked | Moved::End => qemu.writable = false,
+                Moved::Broken(_) if self.is_disk => {
+                    let n = self.to_qemu.len();
+                    self.to_qemu.consume(n);
+                }
                 // QEMU closed after it had completed: nobody reads the return path any more.
                 Moved::Broken(_) => return Step::Finished,
             }
@@ -414,10 +473,13 @@ impl Channel {
     ///
     /// # Errors
     /// The connection broke.
-    pub fn send(&mut self, budget: usize) -> Result<usize, String> {
+    pub fn send(&mut self, now: Instant, budget: usize) -> Result<usize, String> {
         let n = budget.min(self.from_qemu.filled().len());
         match write_some(&mut self.peer.socket, &self.from_qemu.filled()[..n]) {
             Moved::Bytes(n) => {
+                if self.is_disk {
+                    self.nbd.sent(now, &self.from_qemu.filled()[..n]);
+                }
                 self.from_qemu.consume(n);
                 self.bytes += n as u64;
                 self.waiting_since = None;
@@ -437,6 +499,9 @@ impl Channel {
         } else {
             self.waiting_since.get_or_insert(now);
         }
+        if self.is_disk {
+            self.nbd.look(now, self.peer.socket.unacknowledged_bytes());
+        }
     }
 
     /// When [`Self::step`] wants to be called even if nothing is ready.
@@ -444,14 +509,23 @@ impl Channel {
     pub fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Greeting { by, .. } | State::Greeted { by, .. } => Some(*by),
-            State::Open => self.waiting_since.map(|since| since + STALL),
+            State::Open | State::Lingering => {
+                let waits = self.waiting_since.map(|since| since + STALL);
+                let silent = self.nbd.deadline(SILENCE);
+                [waits, silent].into_iter().flatten().min()
+            }
         }
     }
 
-    /// Whether bytes wait and the peer has taken none for too long.
+    /// Whether bytes wait and the peer has taken none for too long, or a disk's server does not
+    /// answer: why it is to be cut.
     #[must_use]
-    pub fn is_stalled(&self, now: Instant) -> bool {
-        self.waiting_since.is_some_and(|since| since + STALL <= now)
+    pub fn stalled(&self, now: Instant) -> Option<&'static str> {
+        if self.waiting_since.is_some_and(|since| since + STALL <= now) {
+            return Some("the destination takes no data any more (its sidecar or the link hangs)");
+        }
+        let silent = self.nbd.deadline(SILENCE).is_some_and(|at| at <= now);
+        silent.then_some("the destination does not answer to what is written to a disk")
     }
 }
 

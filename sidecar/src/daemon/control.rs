@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::halves::HalfIo;
 use super::storage::{Asker, Job};
 use super::{Daemon, Entry, log};
+use crate::config::is_node_name;
 use crate::migration::Now;
 use crate::migration::destination::Destination;
 use crate::migration::source::{Settings, Source};
@@ -23,6 +24,8 @@ use crate::run::{Run, VmHalf};
 const MAX_VMS: usize = 256;
 /// `pace` commands of a run that wait for their time.
 const MAX_SCHEDULED: usize = 256;
+/// Local disks of a VM.
+const MAX_DISKS: usize = 16;
 /// How far ahead that time may be.
 const MAX_AHEAD: Duration = Duration::from_secs(86_400);
 
@@ -352,6 +355,7 @@ impl Daemon {
             );
         }
         for vm in &args.vms {
+            check_disks(args, vm)?;
             if StreamToken::from_hex(&vm.token).is_none() {
                 return refuse(format!("VM `{}`: `token` is 64 hexadecimal digits", vm.vm));
             }
@@ -419,7 +423,8 @@ impl Daemon {
         };
         let half = match args.role {
             Role::Source => {
-                VmHalf::Source(Box::new(Source::new(now, vm.vm.clone(), vm.uuid, settings)))
+                let source = Source::new(now, vm.vm.clone(), vm.uuid, settings);
+                VmHalf::Source(Box::new(source.with_disks(&vm.disks)))
             }
             Role::Destination => VmHalf::Destination(Box::new(Destination::new(
                 now,
@@ -431,10 +436,13 @@ impl Daemon {
                     stream_address,
                     incoming_path: incoming.display().to_string(),
                     spawn: !adopt,
+                    disks: vm.disks.clone(),
+                    nbd_path: incoming.with_extension("nbd").display().to_string(),
                 },
             ))),
         };
         let _ = std::fs::remove_file(&incoming);
+        let _ = std::fs::remove_file(incoming.with_extension("nbd"));
         entry.run.halves.push(half);
         entry.io.push(HalfIo::new(qmp, incoming, token));
         let index = entry.io.len() - 1;
@@ -504,6 +512,38 @@ impl Daemon {
         }
         Ok(json!({}))
     }
+}
+
+fn check_disks(args: &PrepareArgs, vm: &PrepareVm) -> Result<(), CommandError> {
+    let name = &vm.vm;
+    if vm.disks.len() > MAX_DISKS {
+        return refuse(format!(
+            "VM `{name}` has {} disks, at most {MAX_DISKS} can move with it",
+            vm.disks.len()
+        ));
+    }
+    for (index, disk) in vm.disks.iter().enumerate() {
+        let node = &disk.node;
+        if !is_node_name(node) || disk.size_bytes == 0 {
+            return refuse(format!(
+                "VM `{name}`: a disk is the name of a block node and its size"
+            ));
+        }
+        if vm.disks[..index].iter().any(|other| other.node == *node) {
+            return refuse(format!("VM `{name}`: disk `{node}` is there twice"));
+        }
+    }
+    if !vm.disks.is_empty() && !args.hold {
+        return refuse(format!(
+            "VM `{name}`: local disks move only with VMs that are held"
+        ));
+    }
+    if !vm.disks.is_empty() && vm.transport == Transport::Direct {
+        return refuse(format!(
+            "VM `{name}`: local disks need transport relay, direct is asked for"
+        ));
+    }
+    Ok(())
 }
 
 /// The moment that a unix time in ms means on the monotonic clock, `None` for one that is past. Of

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::channel::{Channel, HalfKey};
 use super::direct::Direct;
 use super::direct_pace::Stream;
+use super::images::images_of;
 use super::net::{Moved, RateMeter, Socket, read_some, write_some};
 use super::process::Process;
 use super::storage::Job;
@@ -36,8 +37,16 @@ pub struct HalfIo {
     pub process: Option<(Token, Process)>,
     /// Source: where QEMU connects with its stream.
     pub listener: Option<(Token, mio::net::UnixListener, PathBuf)>,
+    /// Source: where QEMU connects its NBD clients.
+    pub disk_listener: Option<(Token, mio::net::UnixListener, PathBuf)>,
     /// Destination: where QEMU takes the stream.
     pub incoming_path: PathBuf,
+    /// Destination: where QEMU's NBD server listens.
+    pub nbd_path: PathBuf,
+    /// Destination: images that were made for this run.
+    pub created: Vec<PathBuf>,
+    /// Counts grants, so that disks and memory get theirs in turn.
+    pub turn: usize,
     /// Pairs stream connections with this VM.
     pub token: StreamToken,
     /// Source: the destination's stream address.
@@ -71,6 +80,10 @@ impl HalfIo {
             qmp: None,
             process: None,
             listener: None,
+            disk_listener: None,
+            nbd_path: incoming_path.with_extension("nbd"),
+            created: Vec::new(),
+            turn: 0,
             incoming_path,
             token,
             peer: None,
@@ -101,7 +114,9 @@ impl HalfIo {
     #[must_use]
     pub fn in_flight_bytes(&self, channels: &HashMap<usize, Channel>) -> u64 {
         let open = self.channels.iter().filter_map(|id| channels.get(id));
-        let relayed: u64 = open.map(Channel::in_flight_bytes).sum();
+        // A mirror counts by itself what is not acknowledged.
+        let streams = open.filter(|channel| !channel.is_disk);
+        let relayed: u64 = streams.map(Channel::in_flight_bytes).sum();
         let stream = self.direct.stream.as_ref();
         relayed + stream.map_or(0, Stream::in_flight_bytes)
     }
@@ -186,7 +201,15 @@ impl Daemon {
         // What a killed QEMU left; its absence is as good.
         let _ = std::fs::remove_file(&io.qmp_path);
         let log = self.config.runtime_dir.join(format!("{name}.log"));
+        let images = match images_of(self.config.vm(&name), destination.disks()) {
+            Ok(images) => images,
+            Err(error) => {
+                destination.spawn_failed(&error);
+                return;
+            }
+        };
         let job = Job::Spawn {
+            images,
             run: key.0,
             half: key.1,
             arguments,
@@ -208,7 +231,13 @@ impl Daemon {
             .collect()
     }
 
-    pub(super) fn spawned(&mut self, now: Now, key: HalfKey, child: Result<Child, String>) {
+    pub(super) fn spawned(
+        &mut self,
+        now: Now,
+        key: HalfKey,
+        child: Result<Child, String>,
+        created: Vec<PathBuf>,
+    ) {
         let process = child.and_then(|child| {
             Process::of_child(child).map_err(|error| format!("QEMU cannot be watched: {error}"))
         });
@@ -218,6 +247,7 @@ impl Daemon {
             }
             return;
         };
+        entry.io[key.1].created = created;
         let qmp_path = entry.io[key.1].qmp_path.clone();
         let Some(destination) = entry.run.halves[key.1].destination_mut() else {
             return;
@@ -269,6 +299,7 @@ impl Daemon {
             let io = &entry.io[key.1];
             let _ = std::fs::remove_file(&io.qmp_path);
             let _ = std::fs::remove_file(&io.incoming_path);
+            let _ = std::fs::remove_file(&io.nbd_path);
             entry.run.halves[key.1].process_gone(now);
         }
     }
@@ -407,12 +438,14 @@ impl Daemon {
             if let Some(entry) = self.runs.get_mut(&run) {
                 let io = &entry.io[half];
                 let _ = std::fs::remove_file(&io.incoming_path);
+                let _ = std::fs::remove_file(&io.nbd_path);
                 remove_if_unserved(&io.qmp_path);
                 if let Some(leaf) = entry.io[half].leaf.take() {
                     self.leaves.remove(&leaf);
                     self.pacing.remove_leaf(leaf);
                 }
             }
+            self.drop_images(key);
         }
         if let Some(entry) = self.runs.get(&run) {
             self.pacing.remove_group(entry.group);

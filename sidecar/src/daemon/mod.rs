@@ -6,6 +6,7 @@
 //! - `channel`: one connection of a migration stream and its two pipes.
 //! - `streams`: who a stream belongs to, and how fast it may go.
 //! - `direct`: streams that QEMU itself writes, `direct_pace` their pace, `tcp` what the kernel knows.
+//! - `disks`: connections of local disks, `images` what they are written to.
 //! - `control`: clients and their commands; `answers` what queries return.
 //! - `halves`: monitors and processes of the VMs in runs.
 //! - `link`: asking another sidecar's register.
@@ -21,7 +22,9 @@ mod control;
 mod direct;
 mod direct_pace;
 mod dirty;
+mod disks;
 mod halves;
+mod images;
 mod link;
 mod net;
 mod probes;
@@ -53,7 +56,7 @@ use uuid::Uuid;
 use crate::config::Config;
 use crate::migration::{Now, Output};
 use crate::protocol::event::Event;
-use crate::run::{Ask, Run, RunOutput};
+use crate::run::{Ask, NotePlace, Run, RunOutput};
 use bandwidth::Probings;
 use channel::{Channel, HalfKey};
 use clients::Client;
@@ -78,6 +81,7 @@ enum Slot {
     Monitor(HalfKey),
     Process(HalfKey),
     Listener(HalfKey),
+    DiskListener(HalfKey),
     ChannelEnd(usize),
     Opening(HalfKey),
     Companion(HalfKey),
@@ -340,6 +344,7 @@ impl Daemon {
             Slot::Monitor(key) => self.serve_monitor(now, key),
             Slot::Process(key) => self.check_process(now, key),
             Slot::Listener(key) => self.accept_qemu(now, key),
+            Slot::DiskListener(key) => self.accept_disks(now, key),
             Slot::ChannelEnd(id) => {
                 if let Some(channel) = self.channels.get_mut(&id) {
                     channel.ready(token, ready.0, ready.1);
@@ -358,7 +363,9 @@ impl Daemon {
     fn stored(&mut self, now: Now, done: Done) {
         match done {
             Done::Answer(asker, result) => self.answer(asker, &result),
-            Done::Spawned(run, half, child) => self.spawned(now, (run, half), child),
+            Done::Spawned(run, half, child, created) => {
+                self.spawned(now, (run, half), child, created);
+            }
             Done::NoteSaved(run, number, saved) => {
                 let Some(entry) = self.runs.get_mut(&run) else {
                     return;
@@ -436,6 +443,8 @@ impl Daemon {
                     Output::Spawn => self.spawn(now, key),
                     Output::Kill => self.kill(now, key),
                     Output::Listen => self.listen_for_qemu(now, key),
+                    Output::ListenDisks => self.listen_for_disks(now, key),
+                    Output::SealDisks => self.seal_disks(key),
                     Output::Connect => self.connect_direct(now, key),
                     Output::AcceptStream => self.accept_direct(key),
                     Output::CutStream => self.cut_stream(key),
@@ -501,7 +510,11 @@ impl Daemon {
                 .process
                 .as_ref()
                 .map(|(_, process)| (process.pid, process.started));
-            (io.qmp_path.display().to_string(), process)
+            NotePlace {
+                qmp: io.qmp_path.display().to_string(),
+                process,
+                created: io.created.clone(),
+            }
         });
         if let Err(error) = self.storage.submit(Job::SaveNote(Box::new(note), number)) {
             if let Some(entry) = self.runs.get_mut(&run) {

@@ -120,6 +120,7 @@ pub(super) fn vm_info(vm: &str, identity: &Identity) -> VmInfo {
         can_hold: identity.has_capability("switchover-ack")
             || identity.build() == QemuBuild::Patched,
         qemu_build: identity.build(),
+        disks: identity.disks.clone(),
     }
 }
 

@@ -13,6 +13,7 @@ use mio::Waker;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::images::{self, Image};
 use super::process;
 use crate::notes::{self, Note};
 use crate::protocol::codec::CommandError;
@@ -41,8 +42,12 @@ pub enum Job {
     Records(Asker, Uuid),
     /// Remove a run's records.
     Forget(Asker, Uuid),
+    /// Remove images that were made for a run.
+    RemoveImages(Vec<PathBuf>),
     /// Start a program.
     Spawn {
+        /// Images to be made before.
+        images: Vec<Image>,
         /// The run.
         run: Uuid,
         /// Which half of it.
@@ -61,8 +66,8 @@ pub enum Done {
     NoteSaved(Uuid, u64, Result<(), String>),
     /// An answer for a client.
     Answer(Asker, Result<Value, CommandError>),
-    /// A program was started, or not.
-    Spawned(Uuid, usize, Result<Child, String>),
+    /// A program was started, or not; the images that were made.
+    Spawned(Uuid, usize, Result<Child, String>, Vec<PathBuf>),
 }
 
 /// The thread's end in the event loop.
@@ -155,6 +160,17 @@ pub fn read_records(value: &Value) -> Vec<(RecordKey, RecordValue)> {
         .collect()
 }
 
+/// The program that makes images: beside a QEMU that is named by its path, else on the search path.
+fn qemu_img(arguments: &[String]) -> PathBuf {
+    let qemu = arguments.first().map(PathBuf::from).unwrap_or_default();
+    let beside = qemu.with_file_name("qemu-img");
+    if beside.is_absolute() && beside.exists() {
+        beside
+    } else {
+        "qemu-img".into()
+    }
+}
+
 fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -> Option<Done> {
     Some(match job {
         Job::SaveNote(note, number) => {
@@ -178,11 +194,21 @@ fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -
             register.records(run).map(|records| records_value(&records)),
         ),
         Job::Forget(asker, run) => answer(asker, register.forget(run).map(|()| json!({}))),
+        Job::RemoveImages(paths) => {
+            images::remove(&paths);
+            return None;
+        }
         Job::Spawn {
+            images,
             run,
             half,
             arguments,
             log,
-        } => Done::Spawned(run, half, process::spawn(&arguments, &log)),
+        } => {
+            let made = images::make(&images, &qemu_img(&arguments));
+            let created = made.clone().unwrap_or_default();
+            let child = made.and_then(|_| process::spawn(&arguments, &log));
+            Done::Spawned(run, half, child, created)
+        }
     })
 }

@@ -17,7 +17,7 @@ use crate::direct::COMPANION;
 use crate::migration::Now;
 use crate::protocol::command::{PaceArgs, PaceVm};
 use crate::protocol::types::{Role, Transport, VmReport};
-use crate::relay::hello::{Answer, Hello};
+use crate::relay::hello::{Answer, DISK_CHANNEL, Hello};
 use crate::run::VmHalf;
 
 /// Grants handed out before other things are looked at again.
@@ -68,7 +68,7 @@ impl Daemon {
             let Ok((socket, _)) = listener.accept() else {
                 return;
             };
-            if let Err(error) = self.open_channel(now, key, Socket::Unix(socket)) {
+            if let Err(error) = self.open_channel(now, key, Socket::Unix(socket), false) {
                 if let Some(entry) = self.runs.get_mut(&key.0) {
                     entry.run.halves[key.1].stream_failed(&error);
                 }
@@ -76,7 +76,13 @@ impl Daemon {
         }
     }
 
-    fn open_channel(&mut self, now: Now, key: HalfKey, mut qemu: Socket) -> Result<(), String> {
+    pub(super) fn open_channel(
+        &mut self,
+        now: Now,
+        key: HalfKey,
+        mut qemu: Socket,
+        is_disk: bool,
+    ) -> Result<(), String> {
         let Some(entry) = self.runs.get_mut(&key.0) else {
             return Ok(());
         };
@@ -85,7 +91,11 @@ impl Daemon {
         let hello = Hello {
             run: key.0,
             vm: half.half().uuid,
-            channel: io.next_channel,
+            channel: if is_disk {
+                DISK_CHANNEL
+            } else {
+                io.next_channel
+            },
             guest_runs: match half {
                 VmHalf::Source(source) => source.was_running,
                 VmHalf::Destination(destination) => destination.was_running,
@@ -93,8 +103,8 @@ impl Daemon {
             token: io.token,
         };
         let held_here = matches!(half, VmHalf::Source(source) if source.is_held_by_relay());
-        let gated = io.next_channel == 0 && held_here && !io.gate_open;
-        io.next_channel += 1;
+        let gated = hello.channel == 0 && held_here && !io.gate_open;
+        io.next_channel += u16::from(!is_disk);
         let id = self.next_token;
         let mut peer = Socket::connect_tcp(peer_address)
             .map_err(|error| format!("connecting to {peer_address}: {error}"))?;
@@ -160,15 +170,20 @@ impl Daemon {
             (false, COMPANION) => return self.refuse(id, Answer::Unknown),
             _ => {}
         }
+        let is_disk = hello.channel == DISK_CHANNEL;
         let token = self.token(Slot::ChannelEnd(id));
         let Some(entry) = self.runs.get_mut(&hello.run) else {
             return;
         };
-        let connected =
-            Socket::connect_unix(&entry.io[index].incoming_path).and_then(|mut socket| {
-                socket.register(self.poll.registry(), token)?;
-                Ok(socket)
-            });
+        let path = if is_disk {
+            &entry.io[index].nbd_path
+        } else {
+            &entry.io[index].incoming_path
+        };
+        let connected = Socket::connect_unix(path).and_then(|mut socket| {
+            socket.register(self.poll.registry(), token)?;
+            Ok(socket)
+        });
         let Ok(socket) = connected else {
             self.slots.remove(&token);
             self.refuse(id, Answer::NotListening);
@@ -181,7 +196,7 @@ impl Daemon {
             destination.was_running = hello.guest_runs;
         }
         if let Some(channel) = self.channels.get_mut(&id) {
-            channel.accept(key, End::new(token, socket));
+            channel.accept(key, End::new(token, socket), is_disk);
             self.busy.push(id);
         }
         if changed {
@@ -200,7 +215,7 @@ impl Daemon {
         self.drop_channel(id);
     }
 
-    fn drop_channel(&mut self, id: usize) {
+    pub(super) fn drop_channel(&mut self, id: usize) {
         let Some(mut channel) = self.channels.remove(&id) else {
             return;
         };
@@ -234,6 +249,7 @@ impl Daemon {
         for id in channels {
             self.drop_channel(id);
         }
+        self.close_disk_listener(key);
         self.cut_direct(key);
     }
 
@@ -295,10 +311,7 @@ impl Daemon {
     }
 
     fn send_paced(&mut self, now: Now, key: HalfKey, mut budget: usize) -> usize {
-        let Some(entry) = self.runs.get(&key.0) else {
-            return 0;
-        };
-        let channels = entry.io[key.1].channels.clone();
+        let channels = self.in_turn(key);
         let mut moved = 0;
         for id in channels {
             let Some(channel) = self.channels.get_mut(&id) else {
@@ -307,7 +320,7 @@ impl Daemon {
             if !channel.is_backlogged() || budget == 0 {
                 continue;
             }
-            match channel.send(budget) {
+            match channel.send(now.mono, budget) {
                 Ok(n) => {
                     moved += n;
                     budget -= n;
@@ -330,17 +343,16 @@ impl Daemon {
         };
         let step = channel.step(now.mono);
         let half = channel.half;
-        let stalled = channel.is_stalled(now.mono);
+        let stalled = channel.stalled(now.mono);
         match step {
-            Step::Fine if stalled => {
-                self.break_channel(
-                    id,
-                    "the destination takes no data any more (its sidecar or the link hangs)",
-                );
+            Step::Fine => {
+                if let Some(reason) = stalled {
+                    self.break_channel(id, reason);
+                }
             }
-            Step::Fine => {}
             Step::More => self.busy.push(id),
             Step::Hello(hello) => self.answer_hello(now, id, &hello),
+            Step::Finished if channel.is_disk => self.disk_ended(now, id),
             Step::Finished => self.drop_channel(id),
             Step::Broken(error) => self.break_channel(id, &error),
         }

@@ -7,15 +7,20 @@
 //!
 //! `cont` is only ever sent to a QEMU that says completed *and* paused: one that still loads would
 //! answer {} and start by itself later. It is confirmed by the run state, not by its reply.
+//!
+//! Local disks come over NBD while it waits: PREPARED is told when they can, and a VM whose NBD server
+//! still runs when its memory is complete has not arrived.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::disks::destination::{self as export, Exports};
 use super::identity::{CapabilityPlan, HoldBy, Identity, Question};
 use super::source::Settings;
 use super::{Half, Now, Output, STREAM_FD};
 use crate::commit::{DestinationHalf, Next};
+use crate::protocol::command::PrepareDisk;
 use crate::protocol::event::Event;
 use crate::protocol::types::{Phase, Role, Transport, VmReport};
 use crate::qmp::{QmpClient, QmpMessage};
@@ -58,6 +63,8 @@ pub enum Tag {
     Tidy,
     /// `quit`.
     Quit,
+    /// One of the commands of the disks' exports.
+    Disk(export::Tag),
 }
 
 /// Where an incoming VM is to be.
@@ -71,6 +78,10 @@ pub struct Place {
     pub incoming_path: String,
     /// Start its QEMU, rather than adopt one that waits.
     pub spawn: bool,
+    /// Local disks that come with it.
+    pub disks: Vec<PrepareDisk>,
+    /// Unix socket of QEMU's NBD server.
+    pub nbd_path: String,
 }
 
 /// The machine. See the module.
@@ -96,6 +107,7 @@ pub struct Destination {
     /// What is put back once it runs: capabilities and parameters as found.
     pub originals: Option<(Value, Value)>,
     tidying: u8,
+    exports: Exports,
 }
 
 impl Destination {
@@ -109,6 +121,7 @@ impl Destination {
         } else {
             Output::ConnectQmp
         });
+        let exports = Exports::new(place.disks.clone(), place.nbd_path.clone());
         Self {
             half,
             qmp: None,
@@ -126,6 +139,7 @@ impl Destination {
             hung: false,
             originals: None,
             tidying: 0,
+            exports,
         }
     }
 
@@ -313,6 +327,10 @@ impl Destination {
             } => match tag {
                 Tag::Tidy => self.tidied(),
                 Tag::Quit | Tag::Health => {}
+                Tag::Disk(tag) => {
+                    self.exports.refused(tag, &error);
+                    self.drive_disks(now);
+                }
                 Tag::Cont => {
                     self.state = DestinationHalf::Loaded;
                     self.fail(
@@ -345,9 +363,19 @@ impl Destination {
                     parameters,
                 );
             }
-            Tag::SetParameters if self.is_direct() => self.prepared(now),
+            Tag::SetParameters if self.exports.is_empty() => self.configured(now),
             Tag::SetParameters => {
-                self.take_stream(now, &format!("unix:{}", self.place.incoming_path))
+                self.exports.open();
+                self.drive_disks(now);
+            }
+            Tag::Disk(tag) => {
+                self.exports.replied(tag);
+                self.drive_disks(now);
+                match tag {
+                    export::Tag::Export(_) if self.exports.are_open() => self.configured(now),
+                    export::Tag::Stop => self.half.put(Output::SealDisks),
+                    _ => {}
+                }
             }
             Tag::Listen if self.is_direct() => self.half.put(Output::AcceptStream),
             Tag::Listen => self.prepared(now),
@@ -368,6 +396,36 @@ impl Destination {
 
     fn is_direct(&self) -> bool {
         self.half.transport == Transport::Direct
+    }
+
+    /// Capabilities and parameters are set, and disks may come.
+    fn configured(&mut self, now: Now) {
+        if self.is_direct() {
+            self.prepared(now);
+        } else {
+            self.take_stream(now, &format!("unix:{}", self.place.incoming_path));
+        }
+    }
+
+    fn drive_disks(&mut self, now: Now) {
+        for ask in self.exports.take_commands() {
+            self.send(now, Tag::Disk(ask.tag), ask.command, ask.arguments);
+        }
+        if let Some(problem) = self.exports.take_problem() {
+            self.fail(problem, false);
+        }
+    }
+
+    /// The disks that come with it.
+    #[must_use]
+    pub fn disks(&self) -> &[PrepareDisk] {
+        &self.place.disks
+    }
+
+    /// The source has closed the connection of a disk, having sent everything.
+    pub fn disk_finished(&mut self, now: Now) {
+        self.exports.connection_finished();
+        self.drive_disks(now);
     }
 
     fn prepared(&mut self, now: Now) {
@@ -465,7 +523,8 @@ impl Destination {
                 identity.machine
             ))
         } else {
-            plan.missing(identity)
+            let mismatch = self.exports.mismatch(&identity.disks);
+            plan.missing(identity).or(mismatch)
         };
         if let Some(problem) = problem {
             self.fail(problem, false);
@@ -523,6 +582,10 @@ impl Destination {
             self.state,
             DestinationHalf::Loading | DestinationHalf::Unknown
         ) {
+            return;
+        }
+        if !self.exports.are_sealed() {
+            self.fail("its memory came before its disks were complete", false);
             return;
         }
         self.state = DestinationHalf::Loaded;

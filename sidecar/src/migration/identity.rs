@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::protocol::types::QemuBuild;
+use super::disks::read_nodes;
+use crate::protocol::types::{DiskInfo, QemuBuild};
 
 /// The capability by which a patched QEMU is known.
 pub const HOLD_CAPABILITY: &str = "switchover-hold";
@@ -27,11 +28,13 @@ pub enum Question {
     Machine,
     /// `query-kvm`.
     Kvm,
+    /// `query-named-block-nodes`.
+    Disks,
 }
 
 impl Question {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Uuid,
         Self::Status,
         Self::Migration,
@@ -40,6 +43,7 @@ impl Question {
         Self::Memory,
         Self::Machine,
         Self::Kvm,
+        Self::Disks,
     ];
 
     /// The QMP command and its arguments.
@@ -53,6 +57,7 @@ impl Question {
             Self::Parameters => ("query-migrate-parameters", Value::Null),
             Self::Memory => ("query-memory-size-summary", Value::Null),
             Self::Kvm => ("query-kvm", Value::Null),
+            Self::Disks => ("query-named-block-nodes", json!({"flat": true})),
             Self::Machine => ("qom-get", json!({"path": "/machine", "property": "type"})),
         }
     }
@@ -73,6 +78,8 @@ pub struct Identity {
     pub machine: String,
     /// Whether KVM executes the guest (else TCG).
     pub kvm: bool,
+    /// Block nodes with a name of their own.
+    pub disks: Vec<DiskInfo>,
     /// QEMU's version, such as `10.0.2`.
     pub version: String,
     capabilities: Vec<(String, bool)>,
@@ -122,6 +129,7 @@ impl Identity {
                 self.memory_bytes = value["base-memory"].as_u64().unwrap_or(0)
                     + value["plugged-memory"].as_u64().unwrap_or(0);
             }
+            Question::Disks => self.disks = read_nodes(value),
             Question::Kvm => self.kvm = value["enabled"].as_bool().unwrap_or(false),
             Question::Machine => {
                 self.machine = text(value).trim_end_matches("-machine").to_owned();

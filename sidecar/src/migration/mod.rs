@@ -8,6 +8,7 @@
 //! [`Next`]: crate::commit::Next
 
 pub mod destination;
+pub mod disks;
 pub mod identity;
 pub mod source;
 
@@ -46,6 +47,10 @@ pub enum Output {
     Listen,
     /// Source: connect to the destination for a stream that QEMU itself will write.
     Connect,
+    /// Source: accept QEMU's NBD clients on a unix socket and carry them to the destination.
+    ListenDisks,
+    /// Destination: the NBD server has stopped; close the connections that wait for that.
+    SealDisks,
     /// Destination: QEMU has taken the connection of its stream; the other side may begin.
     AcceptStream,
     /// Close every connection of the stream.
@@ -225,6 +230,7 @@ impl Half {
             stopped_at_us: self.stopped_at_us,
             resumed_at_us: self.resumed_at_us,
             rounds: Vec::new(),
+            disks: Vec::new(),
             error: self.error.clone(),
         }
     }

@@ -74,6 +74,19 @@ pub struct PrepareVm {
     /// How its stream goes; the same at both ends.
     #[serde(default, skip_serializing_if = "is_relay")]
     pub transport: Transport,
+    /// Local disks that move with it; the same at both ends. Since 1.4.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<PrepareDisk>,
+}
+
+/// One local disk in `prepare`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareDisk {
+    /// Its block node: the same name in both QEMUs.
+    pub node: String,
+    /// Its size as the guest sees it, in bytes.
+    pub size_bytes: u64,
 }
 
 /// Bounds of intelligent pre-copy termination (VMbuddies 4.2).

@@ -240,8 +240,26 @@ pub struct VmReport {
     pub resumed_at_us: Option<i64>,
     /// Every finished round.
     pub rounds: Vec<RoundReport>,
+    /// Local disks that move with it (source). Since 1.4.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskReport>,
     /// What went wrong, if anything.
     pub error: Option<String>,
+}
+
+/// How far the copy of a local disk is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskReport {
+    /// Its block node.
+    pub node: String,
+    /// Its size as the guest sees it, in bytes.
+    pub size_bytes: u64,
+    /// Bytes copied so far, those copied again among them.
+    pub copied_bytes: u64,
+    /// Bytes that differ, or are not copied yet.
+    pub remaining_bytes: u64,
+    /// Whether all of it was copied once, and what the guest writes follows.
+    pub ready: bool,
 }
 
 /// When a phase was entered.
@@ -277,6 +295,22 @@ pub struct VmInfo {
     /// Whether it is a patched one.
     #[serde(default)]
     pub qemu_build: QemuBuild,
+    /// Its block nodes with a name of their own. Since 1.4.
+    #[serde(default)]
+    pub disks: Vec<DiskInfo>,
+}
+
+/// A block node of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskInfo {
+    /// Its name.
+    pub node: String,
+    /// Its size as the guest sees it, in bytes.
+    pub size_bytes: u64,
+    /// QEMU's driver, such as `raw`, `qcow2` or `file`.
+    pub format: String,
+    /// Whether it cannot be written.
+    pub read_only: bool,
 }
 
 fn yes() -> bool {
@@ -297,6 +331,10 @@ pub struct VmEntry {
     /// What the template starts, once it is known; of an incoming QEMU to adopt it is not.
     #[serde(default)]
     pub incoming_build: Option<QemuBuild>,
+    /// Block nodes of the disks that can come with it; null where an incoming QEMU is adopted, which
+    /// has them already. Since 1.4.
+    #[serde(default)]
+    pub disks: Option<Vec<String>>,
 }
 
 /// What `query-host` says.

@@ -8,6 +8,9 @@ const VERSION: u16 = 1;
 /// Length of an encoded hello.
 pub const HELLO_BYTES: usize = 4 + 2 + 2 + 16 + 16 + 32 + 1;
 
+/// Channel of a connection that carries a local disk (NBD). multifd has at most 255.
+pub const DISK_CHANNEL: u16 = 0x8000;
+
 /// A one-time secret that both ends got from the coordinator. It pairs connections with VMs; it
 /// is no protection against somebody who reads the network.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -56,7 +59,7 @@ pub struct Hello {
     pub run: Uuid,
     /// The VM.
     pub vm: Uuid,
-    /// 0 is the main channel, the only one with a return path.
+    /// 0 is the main channel, the only one with a return path; [`DISK_CHANNEL`] carries a disk.
     pub channel: u16,
     /// Whether the guest runs at the source, and so is to run at the destination.
     pub guest_runs: bool,

@@ -7,10 +7,11 @@
 //! ```
 //!
 //! This module is without I/O: [`Pipe`] is the buffer of one direction, [`hello`] the opening of a
-//! connection, [`return_path`] the parser that keeps the acknowledgement back. `daemon::stream`
+//! connection, [`nbd`] the watch over a disk's connection, [`return_path`] the parser that keeps the acknowledgement back. `daemon::stream`
 //! moves the bytes and asks the rate limiter how many.
 
 pub mod hello;
+pub mod nbd;
 pub mod return_path;
 
 /// Bytes that one direction of one channel holds at most.

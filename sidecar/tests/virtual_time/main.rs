@@ -1,6 +1,7 @@
 //! Runs in virtual time: the real machines against a pretended QEMU and register. No sockets, no
 //! sleeps; time jumps to the next deadline.
 
+mod disks;
 mod patched;
 mod paused;
 mod qemu;
@@ -85,6 +86,8 @@ impl World {
             stream_address: "10.0.0.2:4601".into(),
             incoming_path: "/run/db.in".into(),
             spawn: true,
+            disks: Vec::new(),
+            nbd_path: "/run/db.nbd".into(),
         };
         let make = |now| {
             VmHalf::Destination(Box::new(Destination::new(
@@ -180,7 +183,11 @@ impl World {
                     Output::CutStream => self.cut(),
                     Output::Kill => self.run.halves[0].process_gone(now),
                     Output::Connect => self.src().connected(now),
-                    Output::OpenAckGate | Output::Unpace | Output::AcceptStream => {}
+                    Output::OpenAckGate
+                    | Output::Unpace
+                    | Output::AcceptStream
+                    | Output::SealDisks => {}
+                    Output::ListenDisks => self.src().disks_listening(now, "/run/db.mirror"),
                 }
                 self.outputs.push(output);
             }
@@ -259,6 +266,10 @@ impl World {
         if phase == Phase::Precopy {
             return;
         }
+        if !self.qemu.jobs.is_empty() {
+            self.qemu.mirrors_ready(0);
+            self.pass(Duration::from_millis(200));
+        }
         self.src().rate_bytes_per_s = 50 * MIB;
         self.qemu.dirty_pages_per_s = 2560;
         self.qemu.round(256 * MIB, 50 * MIB);
@@ -285,6 +296,10 @@ impl World {
         }
         let now = self.now;
         self.src().proceed(now);
+        self.settle();
+        for _ in 0..self.qemu.disks.len() {
+            self.src().disk_sealed(now);
+        }
         self.settle();
         if phase == Phase::Switching {
             return;

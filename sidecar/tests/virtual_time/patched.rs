@@ -161,6 +161,8 @@ fn an_incoming_qemu_gets_its_socket_when_the_stream_comes() {
     };
     let place = Place {
         spawn: true,
+        disks: Vec::new(),
+        nbd_path: "/run/db.nbd".into(),
         ..Place::default()
     };
     let make = |now| {

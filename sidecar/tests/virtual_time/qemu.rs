@@ -20,6 +20,14 @@ pub struct Qemu {
     pub commands: Vec<String>,
     /// It does not answer any more.
     pub hung: bool,
+    /// Its disks: block node and size.
+    pub disks: Vec<(String, u64)>,
+    /// Mirror jobs: offset and length.
+    pub jobs: BTreeMap<String, (u64, u64)>,
+    /// NBD nodes.
+    pub targets: Vec<String>,
+    /// Jobs that were told to end stay.
+    pub jobs_stay: bool,
     said: Vec<u8>,
     clock_us: i64,
 }
@@ -69,6 +77,10 @@ impl Qemu {
             dirty_pages_per_s: 0,
             commands: Vec::new(),
             hung: false,
+            disks: Vec::new(),
+            jobs: BTreeMap::new(),
+            targets: Vec::new(),
+            jobs_stay: false,
             said: Vec::new(),
             clock_us: 1_000_000,
         };
@@ -190,8 +202,82 @@ impl Qemu {
                 self.event("RESUME", Value::Null);
                 json!({})
             }
+            _ if name.contains("block") => return self.obey_block(name, arguments),
             _ => json!({}),
         })
+    }
+
+    fn obey_block(&mut self, name: &str, arguments: &Value) -> Result<Value, String> {
+        let text = |key: &str| arguments[key].as_str().unwrap_or_default().to_owned();
+        match name {
+            "query-named-block-nodes" => {
+                let node = |(name, size): &(String, u64)| {
+                    json!({
+                        "node-name": name, "drv": "raw", "ro": false,
+                        "image": { "virtual-size": size },
+                    })
+                };
+                return Ok(self.disks.iter().map(node).collect());
+            }
+            "query-block-jobs" => {
+                let job = |(id, (offset, len)): (&String, &(u64, u64))| json!({ "device": id, "type": "mirror", "offset": offset, "len": len });
+                return Ok(self.jobs.iter().map(job).collect());
+            }
+            "blockdev-add" => self.targets.push(text("node-name")),
+            "blockdev-mirror" => {
+                let size = self.disks.iter().find(|disk| disk.0 == text("device"));
+                let size = size.ok_or("Cannot find device")?.1;
+                self.jobs.insert(text("job-id"), (0, size));
+            }
+            "block-job-cancel" => {
+                let job = text("device");
+                if !self.jobs.contains_key(&job) {
+                    return Err(format!("Job '{job}' not found"));
+                }
+                if !self.jobs_stay {
+                    let whole = arguments["force"] == json!(false);
+                    self.ends(&job, whole, None);
+                }
+            }
+            "blockdev-del" => {
+                let node = text("node-name");
+                let Some(at) = self.targets.iter().position(|target| *target == node) else {
+                    return Err(format!("Failed to find node with node-name='{node}'"));
+                };
+                let index = node.trim_start_matches("muster-nbd");
+                if self.jobs.contains_key(&format!("muster-mirror{index}")) {
+                    return Err(format!("Node {node} is in use"));
+                }
+                self.targets.remove(at);
+            }
+            _ => {}
+        }
+        Ok(json!({}))
+    }
+
+    /// A job ends: whole or cancelled, or with an error.
+    pub fn ends(&mut self, job: &str, whole: bool, error: Option<&str>) {
+        let (offset, len) = self.jobs.remove(job).expect("a job");
+        let offset = if whole { len } else { offset };
+        let mut data = json!({ "type": "mirror", "device": job, "offset": offset, "len": len });
+        if let Some(error) = error {
+            data["error"] = json!(error);
+        }
+        let name = match (whole, error) {
+            (false, None) => "BLOCK_JOB_CANCELLED",
+            _ => "BLOCK_JOB_COMPLETED",
+        };
+        self.event(name, data);
+    }
+
+    /// Everything is copied once, but so many bytes of each.
+    pub fn mirrors_ready(&mut self, left: u64) {
+        for (job, (offset, len)) in self.jobs.clone() {
+            self.jobs.insert(job.clone(), (len - left, len));
+            let data = json!({ "device": job, "offset": len - left, "len": len, "speed": 0 });
+            self.event("BLOCK_JOB_READY", data);
+            let _ = offset;
+        }
     }
 
     fn query_migrate(&self) -> Value {

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::settings::Settings;
 use crate::application::{
-    Application, ControlAddress, Host, Link, Outline, OutlineHost, OutlineVm, Traffic,
+    Application, ControlAddress, Disk, Host, Link, Outline, OutlineHost, OutlineVm, Traffic,
     TransportChoice, Vm,
 };
 
@@ -25,6 +25,7 @@ pub(super) struct DraftHost {
 pub(super) struct DraftVm {
     pub uuid: Option<Uuid>,
     pub transport: Option<TransportChoice>,
+    pub disks: Vec<Disk>,
     pub known: OutlineVm,
 }
 
@@ -82,6 +83,7 @@ impl DraftVm {
             from: self.known.from?,
             to: self.known.to?,
             transport: self.transport,
+            disks: self.disks,
             profile: self.known.profile,
         })
     }

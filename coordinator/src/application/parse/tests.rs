@@ -240,3 +240,23 @@ fn a_move_and_a_plan_read_the_same() {
     let app = parse(GOOD).expect("good");
     assert_eq!(app.outline(), parse_outline(GOOD).expect("good"));
 }
+
+#[test]
+fn local_disks_have_names_of_their_own() {
+    let with =
+        |disks: &str| parse(&GOOD.replacen("uuid =", &format!("disks = {disks}\nuuid ="), 1));
+    let app = with(r#"[{ node = "root" }, { node = "data" }]"#).expect("good");
+    let nodes: Vec<&str> = app.vms[0].disks.iter().map(|d| d.node.as_str()).collect();
+    assert_eq!(nodes, ["root", "data"]);
+    assert!(app.vms[1].disks.is_empty());
+    for (disks, needle) in [
+        (r#"["root"]"#, "[[disks]]"),
+        ("[{}]", "`node` is missing"),
+        (r#"[{ node = "a/b" }]"#, "block node"),
+        (r#"[{ node = "a" }, { node = "a" }]"#, "twice"),
+        (r#"[{ node = "a", size = 1 }]"#, "unknown key `size`"),
+    ] {
+        let problems = with(disks).expect_err(disks);
+        assert!(problems[0].text.contains(needle), "{disks}: {problems:?}");
+    }
+}

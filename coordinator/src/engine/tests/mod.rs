@@ -26,6 +26,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         to: B,
         token: "0".repeat(64),
         machine: None,
+        disks: Vec::new(),
         transport: Transport::Relay,
         profile: VmProfile::default(),
     });

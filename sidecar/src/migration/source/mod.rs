@@ -8,7 +8,11 @@
 //! Stock QEMU is held by keeping its SWITCHOVER_ACK in the relay; `release` lets it through. The
 //! release then pauses the VM (`pause-before-switchover`), `continue` lets it go on. A patched QEMU
 //! holds, arms and releases by itself (`own_hold`), and can go `back` from `stopped` to `held`.
+//!
+//! Local disks are mirrored first, then memory is copied; `continue` ends the mirrors before it
+//! lets the VM go on (`disks`).
 
+mod disks;
 mod monitor;
 mod own_hold;
 mod settle;
@@ -19,11 +23,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::disks::source::{self as mirror, Mirrors};
 use super::identity::{HoldBy, Identity, Question};
 use super::{Half, Now, Output};
 use crate::commit::SourceHalf;
 use crate::hold::{HoldPacer, Rounds, Sample};
-use crate::protocol::command::Termination;
+use crate::protocol::command::{PrepareDisk, Termination};
 use crate::protocol::types::{Phase, Role, Transport, VmReport};
 use crate::qmp::QmpClient;
 
@@ -115,6 +120,8 @@ pub enum Tag {
     RestoreParameters,
     /// vCPU throttle in percent.
     Throttle(u8),
+    /// One of the commands of the disks' mirrors.
+    Disk(mirror::Tag),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,6 +183,13 @@ pub struct Source {
     /// waits in pre-switchover: there is nothing to hold.
     waits_paused: bool,
     reconnect_at: Option<Instant>,
+    mirrors: Mirrors,
+    /// Every disk is mirrored, and the stream of the memory was asked for.
+    stream_opened: bool,
+    /// `continue` was commanded, and the mirrors copy their rest.
+    draining: bool,
+    /// The VM is paused, this much memory remains; how much of the disks is being asked.
+    pausing: Option<u64>,
 }
 
 impl Source {
@@ -223,7 +237,25 @@ impl Source {
             hung: false,
             waits_paused: false,
             reconnect_at: None,
+            mirrors: Mirrors::new(&[]),
+            stream_opened: false,
+            draining: false,
+            pausing: None,
         }
+    }
+
+    /// With local disks that move with it.
+    #[must_use]
+    pub fn with_disks(mut self, disks: &[PrepareDisk]) -> Self {
+        self.mirrors = Mirrors::new(disks);
+        self
+    }
+
+    /// Taken over with local disks that an earlier life may have mirrored.
+    #[must_use]
+    pub fn with_adopted_disks(mut self, nodes: &[String]) -> Self {
+        self.mirrors = Mirrors::adopt(nodes);
+        self
     }
 
     /// Takes over a VM that an earlier life of this sidecar was moving.
@@ -310,6 +342,9 @@ impl Source {
             report.remaining_bytes = self.left_bytes(sample.remaining_bytes);
             report.dirty_rate_bytes_per_s = sample.dirty_rate_bytes_per_s;
         }
+        if self.last.is_none() && self.mirrors.left_bytes() > 0 {
+            report.remaining_bytes = self.left_bytes(report.total_bytes);
+        }
         if let Some(rounds) = &self.rounds {
             report.round = rounds.current();
             report.rounds = rounds.finished().to_vec();
@@ -319,13 +354,16 @@ impl Source {
         }
         report.rate_bytes_per_s = self.rate_bytes_per_s;
         report.throttle_percent = self.throttle_percent;
+        report.disks = self.mirrors.reports();
         report.remaining_at_release_bytes = self.remaining_at_release;
         report
     }
 
     /// What the link still has to carry, if QEMU says that `remaining_bytes` remain.
     fn left_bytes(&self, remaining_bytes: u64) -> u64 {
-        remaining_bytes.saturating_add(self.in_flight_bytes)
+        remaining_bytes
+            .saturating_add(self.in_flight_bytes)
+            .saturating_add(self.mirrors.left_bytes())
     }
 
     fn send(&mut self, now: Now, tag: Tag, command: &str, arguments: Value) {
@@ -432,6 +470,7 @@ impl Source {
             self.switch_by,
             self.reconnect_at,
             quitting,
+            self.mirrors.deadline(),
         ]
         .into_iter()
         .flatten()
@@ -459,6 +498,7 @@ impl Source {
             self.reconnect_at = None;
             self.half.put(Output::ConnectQmp);
         }
+        self.tick_disks(now);
         if self.release_by.is_some_and(|at| at <= now.mono) {
             self.release_by = None;
             let text = if self.going_back {
@@ -470,6 +510,13 @@ impl Source {
         }
         if self.switch_by.is_some_and(|at| at <= now.mono) {
             self.switch_by = None;
+            if self.draining {
+                self.fail(
+                    "what was left of its disks takes far longer than predicted",
+                    false,
+                );
+                return;
+            }
             self.fail(
                 "stop-and-copy takes far longer than predicted; its stream was cut",
                 false,

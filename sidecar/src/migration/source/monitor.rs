@@ -59,6 +59,7 @@ impl Source {
             Tag::Paused => self.paused(now, value),
             Tag::Arm if self.half.phase() == Phase::Held => {
                 self.half.enter(now, Phase::Armed);
+                self.mirrors.watch_closely(now.mono, true);
                 self.armed_at = Some((now.mono, None));
                 self.next_armed = Some(now.mono);
                 let pause = if self.hold == HoldBy::Qemu {
@@ -86,6 +87,10 @@ impl Source {
             Tag::Ended => self.ended(now, value["status"].as_str().unwrap_or_default()),
             Tag::Resume => self.send(now, Tag::Ended, "query-status", Value::Null),
             Tag::RestoreCapabilities | Tag::RestoreParameters => self.restored(),
+            Tag::Disk(tag) => {
+                self.mirrors.replied(now.mono, tag, value);
+                self.after_disk(now, tag);
+            }
             Tag::Throttle(percent) => {
                 self.throttle_percent = percent;
                 let vm = self.half.name.clone();
@@ -97,6 +102,10 @@ impl Source {
 
     pub(super) fn refused(&mut self, now: Now, tag: Tag, error: &str) {
         match tag {
+            Tag::Disk(tag) => {
+                self.mirrors.refused(now.mono, tag, error);
+                self.after_disk(now, tag);
+            }
             Tag::Tune | Tag::Yank | Tag::Quit | Tag::Poll | Tag::TakeBack | Tag::Disarm => {}
             Tag::Start if self.half.transport == Transport::Direct => {
                 let name = json!({ "fdname": STREAM_FD });
@@ -127,6 +136,10 @@ impl Source {
     }
 
     pub(super) fn event(&mut self, now: Now, name: &str, data: &Value, at_us: i64) {
+        if self.mirrors.event(name, data) {
+            self.drive_disks(now);
+            return;
+        }
         match name {
             "STOP" => self.half.stopped_at_us = Some(at_us),
             "RESUME" if self.half.stopped_at_us.is_some() => {
@@ -135,7 +148,7 @@ impl Source {
             "MIGRATION_ROUND" if self.hold == HoldBy::Qemu => self.round_ended(data),
             "MIGRATION_SWITCHOVER_HELD" if self.hold == HoldBy::Qemu => self.qemu_holds(now, data),
             "MIGRATION_SWITCHOVER_STOPPED" if self.hold == HoldBy::Qemu => {
-                self.stopped(now, data["remaining"].as_u64().unwrap_or(0));
+                self.pause_seen(now, data["remaining"].as_u64().unwrap_or(0));
             }
             "MIGRATION_PASS" if self.half.phase() == Phase::Precopy => {
                 self.next_poll = self.next_poll.map(|_| now.mono);
@@ -289,7 +302,7 @@ impl Source {
         match self.half.phase() {
             Phase::Precopy if self.waits_paused => self.enter_hold(now, HoldReason::Converged),
             Phase::Held if self.waits_paused => {}
-            _ => self.stopped(now, self.last.map_or(0, |s| s.remaining_bytes)),
+            _ => self.pause_seen(now, self.last.map_or(0, |s| s.remaining_bytes)),
         }
     }
 

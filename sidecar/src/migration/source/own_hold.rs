@@ -70,7 +70,7 @@ impl Source {
         if self.hold != HoldBy::Qemu {
             return Err("only a patched QEMU goes back from a release; `abort` cancels it");
         }
-        let may = self.state == SourceHalf::Reversible && !self.going_back;
+        let may = self.state == SourceHalf::Reversible && !self.going_back && !self.draining;
         if self.half.phase() == Phase::Stopped && may {
             self.going_back = true;
             // QEMU says that it holds after its next synchronisation.

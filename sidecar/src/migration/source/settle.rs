@@ -77,12 +77,23 @@ impl Source {
                     parameters,
                 );
             }
-            _ => self.settled = true,
+            _ => {}
         }
+        self.draining = false;
+        self.mirrors.abandon(now.mono);
+        self.drive_disks(now);
+        self.settle();
     }
 
     pub(super) fn restored(&mut self) {
         self.restoring = self.restoring.saturating_sub(1);
-        self.settled |= self.restoring == 0;
+        self.settle();
+    }
+
+    /// Whether everything is as it was found.
+    pub(super) fn settle(&mut self) {
+        let is_back = matches!(self.state, SourceHalf::RunsAgain { .. });
+        let no_mirrors = self.mirrors.are_gone() || self.qmp.is_none();
+        self.settled |= is_back && self.restoring == 0 && no_mirrors;
     }
 }

@@ -107,7 +107,8 @@ impl Source {
         } else if is_direct && self.settings.multifd_channels > 0 {
             Some("transport direct has one connection: use transport relay with multifd".into())
         } else {
-            plan.missing(identity)
+            let mismatch = self.mirrors.mismatch(&identity.disks);
+            plan.missing(identity).or(mismatch)
         };
         if let Some(problem) = problem {
             self.fail(problem, false);

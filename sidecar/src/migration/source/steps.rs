@@ -43,10 +43,12 @@ impl Source {
                 if !self.settings.hold {
                     self.state = SourceHalf::Released;
                 }
-                self.half.put(match self.settings.transport {
-                    Transport::Relay => Output::Listen,
-                    Transport::Direct => Output::Connect,
-                });
+                if self.mirrors.is_empty() {
+                    self.open_stream();
+                } else {
+                    self.half.enter(now, Phase::Precopy);
+                    self.half.put(Output::ListenDisks);
+                }
             }
             Some(AfterNote::Arm) if self.waits_paused => {
                 self.half.enter(now, Phase::Armed);
@@ -66,6 +68,13 @@ impl Source {
             }
             None => {}
         }
+    }
+
+    pub(super) fn open_stream(&mut self) {
+        self.half.put(match self.settings.transport {
+            Transport::Relay => Output::Listen,
+            Transport::Direct => Output::Connect,
+        });
     }
 
     /// The relay listens on this unix socket for QEMU's stream.
@@ -99,7 +108,7 @@ impl Source {
     /// `hold`: into wait-and-copy now.
     pub fn hold(&mut self, now: Now) {
         match self.hold {
-            _ if self.half.phase() != Phase::Precopy => {}
+            _ if self.half.phase() != Phase::Precopy || self.rounds.is_none() => {}
             HoldBy::Nobody => {}
             HoldBy::Relay => self.enter_hold(now, HoldReason::Asked),
             HoldBy::Qemu => self.ask_hold(now),
@@ -182,12 +191,20 @@ impl Source {
         }
     }
 
-    /// `continue`: stop-and-copy.
+    /// `continue`: the rest of the disks, then stop-and-copy.
     pub fn proceed(&mut self, now: Now) {
-        let may = self.state == SourceHalf::Reversible && !self.going_back;
+        let may = self.state == SourceHalf::Reversible && !self.going_back && !self.draining;
         if self.half.phase() != Phase::Stopped || !may {
             return;
         }
+        if self.mirrors.is_empty() {
+            self.switch_over(now);
+        } else {
+            self.drain_disks(now);
+        }
+    }
+
+    pub(super) fn switch_over(&mut self, now: Now) {
         self.state = SourceHalf::Released;
         self.half.put(Output::Unpace);
         self.send(
@@ -211,6 +228,7 @@ impl Source {
             .min(Duration::from_secs(60));
         let by = now.mono + downtime * 3 + SWITCH_SLACK;
         self.switch_by = Some(by);
+        self.draining = false;
         self.next_poll = None;
         if let Some(qmp) = &mut self.qmp {
             qmp.extend_deadlines(by);

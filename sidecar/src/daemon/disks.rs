@@ -1,0 +1,139 @@
+//! Connections of local disks: who they belong to, and how they end.
+
+use mio::Interest;
+use mio::net::UnixListener;
+
+use super::channel::HalfKey;
+use super::net::Socket;
+use super::storage::Job;
+use super::{Daemon, Slot, log};
+use crate::migration::Now;
+use crate::protocol::types::{Phase, Role};
+use crate::run::VmHalf;
+
+impl Daemon {
+    /// Source: QEMU's NBD clients connect here.
+    pub(super) fn listen_for_disks(&mut self, now: Now, key: HalfKey) {
+        let token = self.token(Slot::DiskListener(key));
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let half = &mut entry.run.halves[key.1];
+        let name = format!("{}.mirror", half.half().name);
+        let path = self.config.runtime_dir.join(name);
+        // What an earlier life left.
+        let _ = std::fs::remove_file(&path);
+        let bound = UnixListener::bind(&path).and_then(|mut listener| {
+            self.poll
+                .registry()
+                .register(&mut listener, token, Interest::READABLE)?;
+            Ok(listener)
+        });
+        match bound {
+            Ok(listener) => {
+                entry.io[key.1].disk_listener = Some((token, listener, path.clone()));
+                if let Some(source) = half.source_mut() {
+                    source.disks_listening(now, &path.display().to_string());
+                }
+            }
+            Err(error) => half.fail(&format!(
+                "{} cannot be listened on: {error}",
+                path.display()
+            )),
+        }
+    }
+
+    pub(super) fn accept_disks(&mut self, now: Now, key: HalfKey) {
+        loop {
+            let Some(entry) = self.runs.get_mut(&key.0) else {
+                return;
+            };
+            let Some((_, listener, _)) = &mut entry.io[key.1].disk_listener else {
+                return;
+            };
+            let Ok((socket, _)) = listener.accept() else {
+                return;
+            };
+            if let Err(error) = self.open_channel(now, key, Socket::Unix(socket), true) {
+                if let Some(entry) = self.runs.get_mut(&key.0) {
+                    entry.run.halves[key.1].stream_failed(&error);
+                }
+            }
+        }
+    }
+
+    pub(super) fn close_disk_listener(&mut self, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        if let Some((token, mut listener, path)) = entry.io[key.1].disk_listener.take() {
+            let _ = self.poll.registry().deregister(&mut listener);
+            self.slots.remove(&token);
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// A disk's connection has ended in good order. At the destination its TCP end stays open until
+    /// the NBD server has stopped: that is how the source learns of it.
+    pub(super) fn disk_ended(&mut self, now: Now, id: usize) {
+        let Some(channel) = self.channels.get_mut(&id) else {
+            return;
+        };
+        let (key, role) = (channel.half, channel.role);
+        if role == Role::Source {
+            self.drop_channel(id);
+        } else if let Some(mut qemu) = channel.linger() {
+            qemu.socket.deregister(self.poll.registry());
+            self.slots.remove(&qemu.token);
+        }
+        let Some((run, half)) = key else { return };
+        match self.runs.get_mut(&run).map(|e| &mut e.run.halves[half]) {
+            Some(VmHalf::Source(source)) => source.disk_sealed(now),
+            Some(VmHalf::Destination(destination)) => destination.disk_finished(now),
+            None => {}
+        }
+    }
+
+    /// Destination: the NBD server has stopped.
+    pub(super) fn seal_disks(&mut self, key: HalfKey) {
+        let Some(entry) = self.runs.get(&key.0) else {
+            return;
+        };
+        for id in entry.io[key.1].channels.clone() {
+            if self.channels.get(&id).is_some_and(|c| c.is_lingering()) {
+                self.drop_channel(id);
+            }
+        }
+    }
+
+    /// The channels of a half in the order in which they may use a grant: disks first every second
+    /// time, so that neither they nor the memory starve.
+    pub(super) fn in_turn(&mut self, key: HalfKey) -> Vec<usize> {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return Vec::new();
+        };
+        let io = &mut entry.io[key.1];
+        io.turn = io.turn.wrapping_add(1);
+        let disks_first = io.turn % 2 == 0;
+        let mut channels = io.channels.clone();
+        channels.sort_by_key(|id| {
+            let is_disk = self.channels.get(id).is_some_and(|c| c.is_disk);
+            is_disk != disks_first
+        });
+        channels
+    }
+
+    /// A run is over: images that were made for VMs that stayed where they were go.
+    pub(super) fn drop_images(&mut self, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let stayed = entry.run.halves[key.1].half().phase() == Phase::RolledBack;
+        let images = std::mem::take(&mut entry.io[key.1].created);
+        if stayed && !images.is_empty() {
+            if let Err(error) = self.storage.submit(Job::RemoveImages(images)) {
+                log(&error);
+            }
+        }
+    }
+}
