@@ -1,5 +1,8 @@
 //! The conductor: carries out a plan, group by group, and settles what a failed group means for
-//! those that have moved already. Pure, like the engine under it.
+//! those that have moved already. Pure, like the engine under it. Groups that take turns after a bulk
+//! copy of all of them (COMMA's two stages) are in `stages.rs`.
+
+mod stages;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -16,6 +19,7 @@ use crate::capacity::Capacity;
 use crate::engine::{GroupRun, GroupSpec, Limits, Member, Output, VmProgress};
 use crate::policy::{Concurrency, Plan, PlannedGroup};
 use crate::report::Outcome;
+use crate::scheduler::allot::parked_rate;
 
 /// What a group was started for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,8 +258,14 @@ impl<'a, R: Randomness> Conductor<'a, R> {
         while self.outcome.is_none() {
             let active = self.active().count();
             if active > 0 {
-                self.share(now, active);
-                return;
+                if self.takes_turns() {
+                    self.conduct(now);
+                } else {
+                    self.share(now, active);
+                }
+                if self.active().next().is_some() {
+                    return;
+                }
             }
             if let Some(outcome) = self.next(now) {
                 self.outcome = Some(outcome);
@@ -350,7 +360,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
         }
         let count = match self.plan.concurrency {
             Concurrency::OneAfterAnother => 1,
-            Concurrency::AllAtOnce => self.waiting.len(),
+            Concurrency::AllAtOnce | Concurrency::TwoStages => self.waiting.len(),
         };
         let next: Vec<(usize, Purpose)> = self.waiting.drain(..count).collect();
         for (planned, purpose) in next {
@@ -417,6 +427,9 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             register_address: app.host(app.register).control.to_string(),
             hold: self.plan.hold,
             scheme,
+            parked: (self.plan.concurrency == Concurrency::TwoStages
+                && purpose == Purpose::Forward)
+                .then(|| parked_rate(app.bandwidth, app.vms.len())),
             limits: limits(app),
             capacity: Capacity::of(app, &ends),
         };

@@ -1,8 +1,8 @@
 //! Policies: from an application to groups of VMs, the order they move in, and how the VMs of a
 //! group share the bandwidth.
 //!
-//! `muster` asks the scheduler ([`scheduler::plan`](crate::scheduler::plan)) where the file says enough of the VMs; else
-//! all are one group, and what they do is measured while they move.
+//! `muster` and `comma` ask the scheduler ([`scheduler::plan`](crate::scheduler::plan)) where the file
+//! says enough of the VMs; else all are one group, and what they do is measured while they move.
 
 use crate::application::{Application, Policy, VmId};
 use crate::scheduler::allot::Scheme;
@@ -39,24 +39,18 @@ pub enum Concurrency {
     OneAfterAnother,
     /// All groups start at once and share the bandwidth.
     AllAtOnce,
+    /// COMMA's two stages: all groups start at once, and everything is copied once; then they take
+    /// turns, in their order, with what was dirtied meanwhile.
+    TwoStages,
 }
 
 /// Why a policy cannot be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CannotRun {
-    /// It is only planned so far.
+    /// Replica groups belong to the groups that the scheduler makes.
     #[error(
-        "policy {policy} can be planned (muster plan), but not yet carried out; use sequential, \
-         parallel, lll, vmbuddies or muster"
-    )]
-    Policy {
-        /// The policy.
-        policy: Policy,
-    },
-    /// Replica groups belong to the groups that `muster` makes.
-    #[error(
-        "replica-groups goes with policy muster, not with {policy}; leave it out of the file, or \
-         set policy = \"muster\""
+        "replica-groups goes with policy muster or comma, not with {policy}; leave it out of the \
+         file, or set policy = \"muster\""
     )]
     ReplicaGroups {
         /// The policy.
@@ -73,13 +67,10 @@ pub enum CannotRun {
 /// Whether a policy can be carried out, without making its plan.
 ///
 /// # Errors
-/// The policy, or what the file asks for, can only be planned.
+/// What the file asks for does not go with the policy.
 pub fn can_run(app: &Application, policy: Policy) -> Result<(), CannotRun> {
-    if app.replica_groups && policy != Policy::Muster {
+    if app.replica_groups && !matches!(policy, Policy::Muster | Policy::Comma) {
         return Err(CannotRun::ReplicaGroups { policy });
-    }
-    if !Policy::RUNNABLE.contains(&policy) {
-        return Err(CannotRun::Policy { policy });
     }
     Ok(())
 }
@@ -109,8 +100,12 @@ pub fn plan(app: &Application, policy: Policy) -> Result<Plan, CannotRun> {
             }
             plan
         }
-        Policy::Vmbuddies | Policy::Comma => one_group(app, Scheme::Together),
-        Policy::Muster => by_scheduler(app)?,
+        Policy::Vmbuddies => one_group(app, Scheme::Together),
+        Policy::Comma => Plan {
+            concurrency: Concurrency::TwoStages,
+            ..by_scheduler(app, policy, Scheme::Delayed)?
+        },
+        Policy::Muster => by_scheduler(app, policy, Scheme::Together)?,
     };
     Ok(plan)
 }
@@ -140,9 +135,10 @@ fn one_group(app: &Application, scheme: Scheme) -> Plan {
     }
 }
 
-/// What the scheduler makes of what the file says; one group where that is not enough.
-fn by_scheduler(app: &Application) -> Result<Plan, CannotRun> {
-    let together = || one_group(app, Scheme::Together);
+/// What the scheduler makes of what the file says; one group with this scheme where that is not
+/// enough.
+fn by_scheduler(app: &Application, policy: Policy, scheme: Scheme) -> Result<Plan, CannotRun> {
+    let together = || one_group(app, scheme);
     let outline = app.outline();
     let known = |reason: &dyn ToString| {
         if app.replica_groups {
@@ -155,7 +151,7 @@ fn by_scheduler(app: &Application) -> Result<Plan, CannotRun> {
         Ok(inputs) => inputs,
         Err(missing) => return known(&missing),
     };
-    let found = match planner::plan(&inputs, Policy::Muster, Search::Auto) {
+    let found = match planner::plan(&inputs, policy, Search::Auto) {
         Ok(found) => found,
         Err(error) => return known(&error),
     };
@@ -228,8 +224,7 @@ mod tests {
     fn what_cannot_be_carried_out_is_refused() {
         let mut app = app("", &[("web", None), ("db", None)]);
         for policy in Policy::ALL {
-            let runs = plan(&app, policy).is_ok();
-            assert_eq!(runs, Policy::RUNNABLE.contains(&policy), "{policy}");
+            assert!(plan(&app, policy).is_ok(), "{policy}");
         }
         app.replica_groups = true;
         assert!(matches!(
@@ -257,6 +252,25 @@ mod tests {
         let found = plan(&heavy, Policy::Muster).expect("a plan");
         assert_eq!(sizes(&found), [1, 1]);
         assert_eq!(found.concurrency, Concurrency::OneAfterAnother);
+    }
+
+    #[test]
+    fn comma_makes_valid_groups_and_moves_them_in_two_stages() {
+        let heavy = app("", &[("db1", Some((20, 22))), ("db2", Some((20, 22)))]);
+        let found = plan(&heavy, Policy::Comma).expect("a plan");
+        assert_eq!(sizes(&found), [1, 1]);
+        let unknown = app("", &[("web", None), ("db", None)]);
+        let whole = plan(&unknown, Policy::Comma).expect("a plan");
+        assert_eq!(sizes(&whole), [2]);
+        for plan in [found, whole] {
+            assert_eq!(plan.concurrency, Concurrency::TwoStages);
+            assert!(
+                plan.groups
+                    .iter()
+                    .all(|group| group.scheme == Scheme::Delayed)
+            );
+            assert!(plan.hold);
+        }
     }
 
     #[test]

@@ -193,7 +193,8 @@ pub enum Policy {
     Lll,
     /// All VMs at once, with the bandwidth that lets them finish together (VMbuddies 3.3).
     Vmbuddies,
-    /// Valid groups in the order of least impact, with delayed starts (COMMA 3).
+    /// All memory once, then valid groups in the order of least impact, with delayed starts (COMMA
+    /// 3).
     Comma,
     /// All VMs held until they can switch over together; committed together.
     Muster,
@@ -207,14 +208,6 @@ impl Policy {
         Self::Lll,
         Self::Vmbuddies,
         Self::Comma,
-        Self::Muster,
-    ];
-    /// Those that `muster run` carries out; the others can be planned.
-    pub const RUNNABLE: [Self; 5] = [
-        Self::Sequential,
-        Self::Parallel,
-        Self::Lll,
-        Self::Vmbuddies,
         Self::Muster,
     ];
 

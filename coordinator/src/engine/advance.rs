@@ -7,6 +7,7 @@ use sidecar::protocol::types::Role;
 
 use super::group::{GroupRun, Stage};
 use super::release::{ARM_WITHIN, LATE_RELEASE, STOP_WITHIN};
+use super::stages::Part;
 use super::{GroupSpec, Step};
 use crate::application::{HostId, OnNonConvergence};
 
@@ -83,7 +84,7 @@ impl GroupRun {
 
     fn advance_precopy(&mut self, now: Duration) {
         if self.spec.hold {
-            if self.vms.iter().all(|vm| vm.held) {
+            if self.may_gather(now) && self.vms.iter().all(|vm| vm.held) {
                 self.all_held_at = Some(now);
                 self.step(Step::AllHeld);
                 self.pace(now);
@@ -129,14 +130,19 @@ impl GroupRun {
             .rate(self.vms.len())
             .time_for(rate_limiter::Bytes(all));
         let generous = Duration::from_secs(60).saturating_add(once.saturating_mul(10));
-        let limit = self.spec.limits.deadline.unwrap_or(generous);
+        let limits = self.spec.limits;
+        let limit = limits.deadline.unwrap_or(generous);
         // VMs that were put into the hold at the deadline get their time to be released.
         let limit = limit.saturating_add(if self.hold_sent {
             LATE_RELEASE * 3
         } else {
             Duration::ZERO
         });
-        Some(self.begun_at.saturating_add(limit))
+        let from = match (limits.deadline, self.turn_at) {
+            (None, Some(turn)) => turn,
+            _ => self.begun_at + self.waited,
+        };
+        Some(from.saturating_add(limit))
     }
 
     /// The stage's deadline has passed.
@@ -154,6 +160,7 @@ impl GroupRun {
             Stage::Precopy
                 if self.spec.hold
                     && !self.hold_sent
+                    && self.part == Part::Turn
                     && self.vms.iter().all(|vm| vm.started)
                     && limits.on_non_convergence != OnNonConvergence::Abort =>
             {
@@ -162,6 +169,9 @@ impl GroupRun {
                 self.stage_deadline = Some(now + LATE_RELEASE);
                 let missing = self.names_where(|vm| !vm.held);
                 self.notice(format!("the deadline has come: {missing} is held now"));
+                let all: Vec<usize> = (0..self.vms.len()).collect();
+                self.unpark(now, &all);
+                self.paced = None;
                 let args = self.args();
                 let late: Vec<(HostId, String)> = self
                     .vms

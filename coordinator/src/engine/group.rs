@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::halves::{VmProgress, VmRun};
 use super::hosts::{HostState, Request};
+use super::stages::{CatchUp, Part};
 use super::{GroupSpec, Output, Step};
 use crate::application::HostId;
 use crate::report::Outcome;
@@ -51,6 +52,13 @@ pub struct GroupRun {
     pub(super) outputs: VecDeque<Output>,
     pub(super) requests: BTreeMap<u64, Request>,
     pub(super) next_ticket: u64,
+    /// Of a group of two stages: where it is.
+    pub(super) part: Part,
+    /// When its turn came.
+    pub(super) turn_at: Option<Duration>,
+    /// How long it had waited for that: the time does not count.
+    pub(super) waited: Duration,
+    pub(super) catch_up: Option<CatchUp>,
     /// When the stage must be over.
     pub(super) stage_deadline: Option<Duration>,
     pub(super) begun_at: Duration,
@@ -93,8 +101,16 @@ impl GroupRun {
             .into_iter()
             .map(|id| (id, HostState::default()))
             .collect();
+        let part = match spec.parked {
+            Some(_) => Part::Bulk { waits_since: None },
+            None => Part::Turn,
+        };
         Self {
             spec,
+            part,
+            turn_at: None,
+            waited: Duration::ZERO,
+            catch_up: None,
             stage: Stage::New,
             vms,
             hosts,

@@ -49,6 +49,10 @@ pub(super) struct VmRun {
     pub stream: Option<String>,
     /// Whether `start` was sent.
     pub started: bool,
+    /// Copied once; what follows waits for stage two.
+    pub parked: bool,
+    /// It was held while it was parked, and has to catch up.
+    pub is_behind: bool,
     pub held: bool,
     pub armed: bool,
     pub stopped: bool,
@@ -115,6 +119,8 @@ impl VmRun {
             destination: Half::default(),
             stream: None,
             started: false,
+            parked: false,
+            is_behind: false,
             held: false,
             armed: false,
             stopped: false,
@@ -199,7 +205,9 @@ impl VmRun {
                 (true, false) => scheduler::allot::Progress::Copying,
                 (false, false) => scheduler::allot::Progress::Waiting,
             },
-            left_bytes: if untouched {
+            left_bytes: if untouched && self.memory_bytes == 0 {
+                known.memory.map_or(0.0, |memory| memory.0 as f64)
+            } else if untouched {
                 self.memory_bytes as f64
             } else {
                 self.remaining_bytes as f64

@@ -409,7 +409,10 @@ impl GroupRun {
         }
         due.extend(self.requests.values().map(|request| request.deadline));
         match self.stage {
-            Stage::Precopy => due.extend(self.next_start.map(|(at, _)| at)),
+            Stage::Precopy => {
+                due.extend(self.next_start.map(|(at, _)| at));
+                due.extend(self.catch_up_ends());
+            }
             Stage::Held { retry_at } => due.push(retry_at),
             Stage::Armed { since } => due.push(since + super::release::ARMED_AT_MOST),
             _ => {}

@@ -18,7 +18,8 @@
 //! - Up to `continue` a failure sends `abort` to every host; from then on too, but there the
 //!   sidecars ask the register, and whatever the register answers is obeyed.
 //! - After a commit is recorded nothing but finishing forward happens.
-//! - Every state but the end has a deadline, and so has every command.
+//! - Every state but the end has a deadline, and so has every command. A group of two stages
+//!   (`stages.rs`) waits without one for its turn: that comes when those before it have ended.
 
 mod advance;
 mod events;
@@ -29,12 +30,14 @@ mod record;
 mod release;
 mod settle;
 mod share;
+mod stages;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 use std::time::Duration;
 
+use rate_limiter::BytesPerSecond;
 use sidecar::protocol::command::{Command, PrepareDisk, Termination};
 use sidecar::protocol::types::{Decision, Transport};
 use uuid::Uuid;
@@ -64,6 +67,9 @@ pub struct GroupSpec {
     pub hold: bool,
     /// How the VMs share the bandwidth, and when each starts; without hold all start at once.
     pub scheme: Scheme,
+    /// For COMMA's two stages: the rate of a VM that waits for stage two. Its memory is copied once
+    /// beside the other groups'; what follows waits for [`GroupRun::give_turn`].
+    pub parked: Option<BytesPerSecond>,
     /// Limits and choices.
     pub limits: Limits,
     /// What the streams pass through.
@@ -148,6 +154,10 @@ pub enum Step {
         /// Their names.
         vms: Vec<String>,
     },
+    /// Every VM's memory was copied once: the group waits for its turn.
+    Copied,
+    /// Its turn has come.
+    Turn,
     /// Every VM is in wait-and-copy.
     AllHeld,
     /// Every VM is armed; so long would the switchover take now.
@@ -218,6 +228,8 @@ impl fmt::Display for Step {
             Self::Prepared => write!(f, "both sides are ready"),
             Self::Started => write!(f, "pre-copy has begun"),
             Self::StartedLater { vms } => write!(f, "pre-copy of {} has begun", vms.join(", ")),
+            Self::Copied => write!(f, "everything is copied once: waiting for stage two"),
+            Self::Turn => write!(f, "stage two: what was dirtied meanwhile is sent"),
             Self::AllHeld => write!(f, "every VM is held in wait-and-copy"),
             Self::Armed { predicted } => {
                 write!(

@@ -9,7 +9,8 @@ use sidecar::protocol::command::{Command, PaceArgs, PaceVm, StartArgs};
 use super::Step;
 use super::group::GroupRun;
 use super::halves::VmRun;
-use crate::scheduler::allot::{Allotment, allot};
+use super::stages::Part;
+use crate::scheduler::allot::{Allotment, allot, bulk};
 
 const PACE_INTERVAL: Duration = Duration::from_millis(200);
 /// Shares are sent again when one has changed by more than this.
@@ -21,12 +22,17 @@ impl GroupRun {
     /// Shares the bandwidth anew: starts the VMs whose turn has come, and sends each source host
     /// its limit and its VMs' shares where they have changed.
     pub(super) fn pace(&mut self, now: Duration) {
-        let vms: Vec<_> = self.vms.iter().map(VmRun::moving).collect();
+        let parked_any = self.park(now);
+        let vms = self.moving();
+        let capacity = &self.spec.capacity;
         let Allotment {
             rates,
             mut runs,
             next_start,
-        } = allot(self.spec.scheme, &self.spec.capacity, &vms);
+        } = match self.part {
+            Part::Bulk { .. } => bulk(capacity, &vms),
+            Part::Turn => allot(self.spec.scheme, capacity, &vms),
+        };
         // A start that was foreseen is made, though no report may have come since.
         if let Some((_, vm)) = self.next_start.filter(|(at, _)| now >= *at) {
             runs[vm] = true;
@@ -41,7 +47,12 @@ impl GroupRun {
         let due: Vec<usize> = (0..self.vms.len())
             .filter(|&vm| runs[vm] && !self.vms[vm].started)
             .collect();
-        if let (Some((at, last)), true) = (&self.paced, due.is_empty()) {
+        let sent_on: Vec<usize> = (0..self.vms.len())
+            .filter(|&vm| runs[vm] && self.vms[vm].parked)
+            .collect();
+        self.unpark(now, &sent_on);
+        let is_urgent = parked_any || !due.is_empty() || !sent_on.is_empty();
+        if let (Some((at, last)), false) = (&self.paced, is_urgent) {
             let changed = last
                 .iter()
                 .zip(&rates)
@@ -114,12 +125,17 @@ impl GroupRun {
                 if vm.member.from == host {
                     of_host += share;
                     let is_narrow = self.is_narrow(vm);
+                    let is_free = lift_limits || (is_narrow && vm.held);
+                    let limit = match self.spec.parked {
+                        _ if is_free => Some(0),
+                        Some(parked) if vm.parked => Some(parked.0),
+                        _ if is_narrow => Some(share.round().max(1.0) as u64),
+                        // It may have been parked.
+                        Some(_) => Some(0),
+                        None => None,
+                    };
                     let pace = PaceVm {
-                        bytes_per_s: if lift_limits || (is_narrow && vm.held) {
-                            Some(0)
-                        } else {
-                            is_narrow.then_some(share.round().max(1.0) as u64)
-                        },
+                        bytes_per_s: limit,
                         weight: Some((share / whole.max(1.0) * 100.0).max(MIN_WEIGHT)),
                     };
                     vms.insert(vm.member.name.clone(), pace);

@@ -1,6 +1,6 @@
-//! `policies` and `policies-hot`: every policy that can be carried out, in turns, on the same guests
-//! over the same link: what a move takes, what it sends, for how long the application is split, and
-//! how well its completion was predicted.
+//! `policies` and `policies-hot`: every policy, in turns, on the same guests over the same link: what a
+//! move takes, what it sends, for how long the application is split, and how well its completion was
+//! predicted.
 
 use anyhow::{Context, Result};
 use coordinator::application::Policy;
@@ -65,7 +65,7 @@ const HOT: Set = Set {
     bounds: hot_bounds,
 };
 
-/// One move per policy, in the order of [`Policy::RUNNABLE`].
+/// One move per policy, in the order of [`Policy::ALL`].
 struct Turn(Vec<(Policy, Moved)>);
 
 impl Turn {
@@ -107,7 +107,7 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Section> {
     let mut at = 0;
     for turn in 0..turns {
         // Each is first, second, ... equally often, as far as there are as many turns.
-        let mut order = Policy::RUNNABLE.to_vec();
+        let mut order = Policy::ALL.to_vec();
         let policies = order.len();
         order.rotate_left(turn % policies);
         let mut moves = Vec::new();
@@ -127,7 +127,7 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Section> {
             ));
             moves.push((policy, moved));
         }
-        moves.sort_by_key(|one| Policy::RUNNABLE.iter().position(|policy| *policy == one.0));
+        moves.sort_by_key(|one| Policy::ALL.iter().position(|policy| *policy == one.0));
         done.push(Turn(moves));
     }
     section(set, &done, guests)
@@ -222,7 +222,7 @@ const TOLD: [Told; 5] = [
 ];
 
 fn section(set: &Set, done: &[Turn], guests: &[&str]) -> Result<Section> {
-    let policies = Policy::RUNNABLE.map(Policy::as_str).join(", ");
+    let policies = Policy::ALL.map(Policy::as_str).join(", ");
     let traffic = TRAFFIC.map(|(a, b, rate)| format!("{a}-{b} {} kB/s", rate / 1000));
     let setup = format!(
         "{} over {LINK}, max-downtime {MAX_DOWNTIME}; traffic {}; {} turns of one move each by \
@@ -236,13 +236,13 @@ fn section(set: &Set, done: &[Turn], guests: &[&str]) -> Result<Section> {
     let mut section = Section::new(set.name, set.title, setup);
     section.figures = (set.bounds)(done);
     for (what, unit, value) in TOLD {
-        for policy in Policy::RUNNABLE {
+        for policy in Policy::ALL {
             let values = values(done, policy, value);
             let what = format!("{policy}: {what}");
             section.figures.push(Figure::told(what, unit, &values));
         }
     }
-    for policy in Policy::RUNNABLE {
+    for policy in Policy::ALL {
         let errors = errors_percent(done, policy);
         if errors.is_empty() {
             let first = done.first().and_then(|turn| turn.of(policy));

@@ -174,7 +174,7 @@ pub fn there_and_back(accel: Accel) -> Result<()> {
 pub fn every_policy(accel: Accel) -> Result<()> {
     let lab = lab(spec(accel, &GUESTS)?)?;
     let hosts = ["a", "b"];
-    for (index, policy) in Policy::RUNNABLE.into_iter().enumerate() {
+    for (index, policy) in Policy::ALL.into_iter().enumerate() {
         let (from, to) = (hosts[index % 2], hosts[(index + 1) % 2]);
         let since = Micros::now();
         let report = go(&lab, policy, from, to, &mut Nobody)?;

@@ -1,6 +1,7 @@
 //! The cases, and what they share.
 
 mod benches;
+mod comma;
 mod commands;
 mod direct;
 mod dirty_log;
@@ -74,6 +75,10 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
     (
         "vms_that_do_not_fit_together_move_in_groups",
         groups::one_after_another_where_two_do_not_fit,
+    ),
+    (
+        "comma_copies_everything_once_and_then_moves_groups_in_turn",
+        comma::two_stages,
     ),
     (
         "lll_starts_the_largest_dirty_rate_last",

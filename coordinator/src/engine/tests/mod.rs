@@ -3,6 +3,7 @@
 mod failures;
 mod happy;
 mod random;
+mod stages;
 
 use super::*;
 use crate::application::OnNonConvergence;
@@ -38,6 +39,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         register_address: "unix:/register".into(),
         hold,
         scheme: Scheme::default(),
+        parked: None,
         limits: Limits {
             max_downtime: Duration::from_millis(300),
             hard_downtime: Duration::from_millis(600),

@@ -4,6 +4,8 @@ use rate_limiter::BytesPerSecond;
 use super::*;
 use crate::capacity::Cut;
 
+mod stages;
+
 const B: f64 = 32e6;
 
 fn link() -> Capacity {

@@ -80,6 +80,12 @@ impl Limits {
             })
     }
 
+    /// Whether something is free everywhere.
+    #[must_use]
+    pub fn are_positive(&self) -> bool {
+        self.bandwidth > 0.0 && self.cuts.iter().all(|cut| cut.rate > 0.0)
+    }
+
     /// The most that one VM alone can get, in bytes per second.
     #[must_use]
     pub fn alone(&self, vm: usize) -> f64 {
