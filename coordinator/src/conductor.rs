@@ -429,7 +429,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             scheme,
             parked: (self.plan.concurrency == Concurrency::TwoStages
                 && purpose == Purpose::Forward)
-                .then(|| parked_rate(app.bandwidth, app.vms.len())),
+                .then(|| parked_rate(app.allowance.for_move(), app.vms.len())),
             limits: limits(app),
             capacity: Capacity::of(app, &ends),
         };

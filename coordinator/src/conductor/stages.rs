@@ -149,7 +149,7 @@ impl<R: Randomness> Conductor<'_, R> {
 
     /// Stage two: whose turn it is gets what those that wait do not need.
     fn share_turn(&mut self, now: Duration, turn: usize) {
-        let bandwidth = self.app.bandwidth;
+        let bandwidth = self.app.allowance.for_move();
         let parked = parked_rate(bandwidth, self.app.vms.len());
         let mut taken = 0;
         for (index, started) in self.started.iter_mut().enumerate() {

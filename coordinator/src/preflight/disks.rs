@@ -22,7 +22,7 @@ pub(super) fn judge(
     }
     if !hold {
         verdict.problems.push(format!(
-            "VM {}: local disks move only under a policy that holds VMs (lll, vmbuddies, muster)",
+            "VM {}: local disks move only under a policy that holds VMs (lll, vmbuddies, comma, muster)",
             vm.name
         ));
     }

@@ -161,7 +161,7 @@ mod tests {
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
         let nowhere = Path::new("/no/such/program");
         let made = make(&[image(&path, false, 8192)], nowhere).expect("made");
-        assert_eq!(made, [path.clone()]);
+        assert_eq!(made, std::slice::from_ref(&path));
         assert_eq!(fs::metadata(&path).expect("there").len(), 8192);
         fs::write(&path, b"mine").expect("writes");
         let both = [image(&other, false, 1), image(&path, false, 8192)];

@@ -275,6 +275,7 @@ impl<'a> World<'a> {
             return;
         }
         let report = VmReport {
+            disks: Vec::new(),
             vm: vm.guest.name.into(),
             uuid: vm.uuid,
             role: Role::Source,
@@ -443,6 +444,11 @@ fn sends(vm: &Vm) -> bool {
     matches!(vm.phase, Phase::Precopy | Phase::Held | Phase::Armed)
 }
 
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "far below 2^63"
+)]
 fn bytes(value: f64) -> u64 {
     value.max(0.0) as u64
 }
