@@ -142,6 +142,7 @@ fn make_qcow2(qemu_img: &Path, path: &Path, size_bytes: u64) -> Result<(), Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::types::CopyMode;
 
     fn image(path: &Path, reuse: bool, size_bytes: u64) -> Image {
         Image {
@@ -161,7 +162,7 @@ mod tests {
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
         let nowhere = Path::new("/no/such/program");
         let made = make(&[image(&path, false, 8192)], nowhere).expect("made");
-        assert_eq!(made, [path.clone()]);
+        assert_eq!(made, std::slice::from_ref(&path));
         assert_eq!(fs::metadata(&path).expect("there").len(), 8192);
         fs::write(&path, b"mine").expect("writes");
         let both = [image(&other, false, 1), image(&path, false, 8192)];
@@ -181,6 +182,7 @@ mod tests {
         let disks = [PrepareDisk {
             node: "disk7".into(),
             size_bytes: 1,
+            copy_mode: CopyMode::Background,
         }];
         let error = images_of(None, &disks).expect_err("unknown");
         assert!(

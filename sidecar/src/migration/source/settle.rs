@@ -61,23 +61,21 @@ impl Source {
         self.next_poll = None;
         self.switch_by = None;
         self.release_by = None;
-        match (self.originals.take(), self.qmp.is_some()) {
-            (Some((capabilities, parameters)), true) => {
-                self.restoring = 2;
-                self.send(
-                    now,
-                    Tag::RestoreCapabilities,
-                    "migrate-set-capabilities",
-                    capabilities,
-                );
-                self.send(
-                    now,
-                    Tag::RestoreParameters,
-                    "migrate-set-parameters",
-                    parameters,
-                );
-            }
-            _ => {}
+        let originals = self.originals.take().filter(|_| self.qmp.is_some());
+        if let Some((capabilities, parameters)) = originals {
+            self.restoring = 2;
+            self.send(
+                now,
+                Tag::RestoreCapabilities,
+                "migrate-set-capabilities",
+                capabilities,
+            );
+            self.send(
+                now,
+                Tag::RestoreParameters,
+                "migrate-set-parameters",
+                parameters,
+            );
         }
         self.draining = false;
         self.mirrors.abandon(now.mono);
