@@ -454,6 +454,7 @@ fn limits(app: &Application) -> Limits {
         deadline: app.deadline,
         lease: app.lease,
         report_interval: app.report_interval,
+        disk_stall: app.disk_stall,
         multifd_channels: app.multifd_channels,
         termination: app.termination,
         horizon: app.horizon,

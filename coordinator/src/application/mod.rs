@@ -35,6 +35,7 @@ use std::time::Duration;
 
 use rate_limiter::{Bytes, BytesPerSecond};
 use sidecar::protocol::command::Termination;
+use sidecar::protocol::types::CopyMode;
 use uuid::Uuid;
 
 use crate::capacity::Allowance;
@@ -84,6 +85,8 @@ pub struct Application {
     pub on_partial: OnPartial,
     /// Interval of the sidecars' reports.
     pub report_interval: Duration,
+    /// A write to the copy of a local disk is answered within this time, or the group goes back.
+    pub disk_stall: Duration,
     /// multifd channels, 0 for none.
     pub multifd_channels: u8,
     /// How the streams go, unless a VM says otherwise.
@@ -152,6 +155,8 @@ pub struct Vm {
 pub struct Disk {
     /// Its block node, by the same name on both hosts.
     pub node: String,
+    /// How the guest's writes follow its copy.
+    pub copy_mode: CopyMode,
 }
 
 /// What is known of a VM's load: what the file says, and what was measured where it says nothing. The

@@ -260,6 +260,7 @@ fn prepare(spec: &GroupSpec, role: Role, host: HostId) -> PrepareArgs {
         throttle: limits.on_non_convergence == OnNonConvergence::Throttle,
         multifd_channels: limits.multifd_channels,
         termination: limits.termination,
+        disk_stall_ms: ms(limits.disk_stall),
         vms: spec
             .members
             .iter()

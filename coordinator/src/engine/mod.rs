@@ -114,6 +114,8 @@ pub struct Limits {
     pub lease: Duration,
     /// Interval of STATUS.
     pub report_interval: Duration,
+    /// A write to the copy of a local disk is answered within this time.
+    pub disk_stall: Duration,
     /// multifd channels.
     pub multifd_channels: u8,
     /// When pre-copy ends for a VM.

@@ -57,6 +57,7 @@ pub(super) fn judge(
             Some(info) => found.push(PrepareDisk {
                 node: node.clone(),
                 size_bytes: info.size_bytes,
+                copy_mode: disk.copy_mode,
             }),
         }
     }

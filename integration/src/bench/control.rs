@@ -88,6 +88,7 @@ impl Driver {
                 max_downtime_ms: 300,
                 hold,
                 throttle: false,
+                disk_stall_ms: 2000,
                 multifd_channels: 0,
                 termination: Termination::default(),
                 vms: vec![vm],

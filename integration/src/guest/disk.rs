@@ -11,6 +11,9 @@ use std::path::Path;
 use super::check::tag;
 use super::{GuestState, PAGE, Params};
 
+/// Bytes of a block.
+const BLOCK: usize = 4096;
+
 /// What is wrong with a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -61,7 +64,7 @@ pub fn check(image: &Path, params: &Params, state: &GuestState) -> Result<(), Di
         return Err(DiskError::Failed(state.disk_failed));
     }
     let file = File::open(image)?;
-    let mut data = [0; PAGE as usize];
+    let mut data = [0; BLOCK];
     for block in 0..params.disk_blocks {
         file.read_exact_at(&mut data, u64::from(block) * PAGE)?;
         let word = |at: usize| {
@@ -98,7 +101,7 @@ pub fn check(image: &Path, params: &Params, state: &GuestState) -> Result<(), Di
 /// Names the first block in which they differ.
 pub fn compare(one: &Path, other: &Path, params: &Params) -> Result<(), DiskError> {
     let (one, other) = (File::open(one)?, File::open(other)?);
-    let (mut a, mut b) = ([0; PAGE as usize], [0; PAGE as usize]);
+    let (mut a, mut b) = ([0; BLOCK], [0; BLOCK]);
     for block in 0..u64::from(params.disk_blocks) {
         one.read_exact_at(&mut a, block * PAGE)?;
         other.read_exact_at(&mut b, block * PAGE)?;
@@ -121,15 +124,16 @@ mod tests {
         spec.disk = Some(DiskSpec {
             size: rate_limiter::Bytes(8 * PAGE),
             rate: rate_limiter::BytesPerSecond(1_000_000),
+            write_blocking: false,
         });
         let params = spec.params().unwrap();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         let write = |upto: u32| {
-            let mut bytes = vec![0_u8; 8 * PAGE as usize];
+            let mut bytes = vec![0_u8; 8 * BLOCK];
             for number in 1..=upto {
                 let block = (number - 1) % 8;
-                let at = block as usize * PAGE as usize;
+                let at = block as usize * BLOCK;
                 for at in [at, at + 4088] {
                     bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
                     bytes[at + 4..at + 8].copy_from_slice(&tag(block, number).to_le_bytes());

@@ -37,7 +37,9 @@
 .set P_BLOCKS, PARAMS + 32      # 4 KiB blocks of the disk; 0: there is none
 .set P_DRATE,  PARAMS + 36      # disk writes per tick, 16.16; at most one
 .set P_COUNT,  10
+.set PRD,      0x1800           # where the disk finds it
 .set BUFFER,   0x2000           # a block on its way to the disk
+.set BM,       0xc000           # the bus master's registers
 .set FIRST,    256              # first tagged page: RAM above 1 MiB
 .set STACK,    0x0c00
 
@@ -153,21 +155,30 @@ rom_entry:
     xorl %ebp, %ebp
     xorl %esi, %esi
 
-    # The disk: no interrupts, eight sectors at a time.
+    # The disk: no interrupts; the IDE function of the PIIX (0:1.1) masters the bus, its registers
+    # are at BM.
     cmpl $0, P_BLOCKS
     je 1f
     movw $0x3f6, %dx
     movb $2, %al
     outb %al, %dx
-    movw $0x1f6, %dx
-    movb $0xe0, %al
-    outb %al, %dx
-    movw $0x1f2, %dx
-    movb $8, %al
-    outb %al, %dx
-    movw $0x1f7, %dx
-    movb $0xc6, %al                     # SET MULTIPLE MODE
-    outb %al, %dx
+    movw $0xcf8, %dx
+    movl $0x80000920, %eax
+    outl %eax, %dx
+    movw $0xcfc, %dx
+    movl $(BM | 1), %eax
+    outl %eax, %dx
+    movw $0xcf8, %dx
+    movl $0x80000904, %eax
+    outl %eax, %dx
+    movw $0xcfc, %dx
+    movw $5, %ax
+    outw %ax, %dx
+    movl $BUFFER, PRD
+    movl $0x80001000, PRD + 4           # 4096 bytes, the last entry
+    movw $(BM + 4), %dx
+    movl $PRD, %eax
+    outl %eax, %dx
 1:
     # PIT channel 0, mode 2.
     movb $0x34, %al
@@ -259,7 +270,7 @@ rom_random:
     jne rom_random
     iretw
 
-# The disk at the first IDE channel, one write of 4 KiB at a time, by PIO: the next block gets the
+# The disk at the first IDE channel, one write of 4 KiB at a time, by DMA: the next block gets the
 # number of the write and the number ^ block ^ TAG, at its beginning and again at its end.
 rom_disk:
     movl D_BEGUN, %eax
@@ -267,8 +278,8 @@ rom_disk:
     je 2f                               # nothing is under way
     movw $0x1f7, %dx
     inb %dx, %al
-    testb $0x80, %al
-    jnz 9f                              # busy
+    testb $0x88, %al
+    jnz 9f                              # busy, or transferring
     testb $0x21, %al
     jz 1f
     incl D_FAILED
@@ -288,18 +299,15 @@ rom_disk:
     jb 9f
     subl $0x10000, D_OWED
     pushl %ecx
-    pushl %esi
-    movl D_BEGUN, %esi
-    incl %esi
+    incl D_BEGUN
+    movl D_BEGUN, %eax
     movl D_BLOCK, %ecx
-    movl %esi, BUFFER
-    movl %esi, BUFFER + 4088
-    movl %esi, %eax
+    movl %eax, BUFFER
+    movl %eax, BUFFER + 4088
     xorl %ecx, %eax
     xorl $TAG, %eax
     movl %eax, BUFFER + 4
     movl %eax, BUFFER + 4092
-    movl %esi, D_BEGUN
     shll $3, %ecx                       # its first sector
     movw $0x1f2, %dx
     movb $8, %al
@@ -320,18 +328,13 @@ rom_disk:
     orb $0xe0, %al
     outb %al, %dx
     incw %dx
-    movb $0xc5, %al                     # WRITE MULTIPLE
+    movb $0xca, %al                     # WRITE DMA
     outb %al, %dx
-3:  inb %dx, %al
-    testb $0x21, %al
-    jnz 4f                              # failed: the next tick sees it
-    testb $0x08, %al
-    jz 3b
-    movw $0x1f0, %dx
-    movl $BUFFER, %esi
-    movl $1024, %ecx
-    rep outsl
-4:  popl %esi
+    movw $BM, %dx
+    xorb %al, %al
+    outb %al, %dx
+    incb %al
+    outb %al, %dx                       # start
     popl %ecx
 9:  ret
 

@@ -65,6 +65,8 @@ pub struct DiskSpec {
     pub size: Bytes,
     /// How much the guest writes to it, at most 4 KiB a tick.
     pub rate: BytesPerSecond,
+    /// When it moves, its writes wait until they are at the destination.
+    pub write_blocking: bool,
 }
 
 /// Why a guest cannot be made as asked.
@@ -222,7 +224,7 @@ impl GuestSpec {
     }
 
     fn disk_params(&self, divisor: u32) -> Result<(u32, u32), GuestSpecError> {
-        let Some(DiskSpec { size, rate }) = self.disk else {
+        let Some(DiskSpec { size, rate, .. }) = self.disk else {
             return Ok((0, 0));
         };
         let bad = || GuestSpecError::Disk {

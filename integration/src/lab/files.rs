@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use coordinator::Application;
+use sidecar::protocol::types::CopyMode;
 
 use super::{Lab, LabError};
 use crate::guest::GuestSpec;
@@ -107,8 +108,16 @@ impl Lab {
                 quoted(to)
             );
             text += &profile(guest);
-            if guest.disk.is_some() {
-                let _ = write!(text, "\n[[vm.disks]]\nnode = \"{DISK_NODE}\"\n");
+            if let Some(disk) = guest.disk {
+                let mode = if disk.write_blocking {
+                    CopyMode::WriteBlocking
+                } else {
+                    CopyMode::Background
+                };
+                let _ = write!(
+                    text,
+                    "\n[[vm.disks]]\nnode = \"{DISK_NODE}\"\ncopy-mode = \"{mode}\"\n"
+                );
             }
         }
         for (one, other, rate) in &self.spec.traffic {

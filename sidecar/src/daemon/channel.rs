@@ -24,9 +24,6 @@ use crate::relay::return_path::AckGate;
 const HELLO_DEADLINE: Duration = Duration::from_secs(2);
 /// Bytes that wait for so long without any being taken mean a dead peer.
 const STALL: Duration = Duration::from_millis(2500);
-/// A write to a disk is answered within this time, or the connection is cut: the guest's own writes may
-/// come to wait for it.
-const SILENCE: Duration = Duration::from_secs(2);
 /// What is moved in one go, so that the loop stays responsive.
 const TURN_BYTES: usize = 2 << 20;
 
@@ -107,6 +104,9 @@ pub struct Channel {
     waiting_since: Option<Instant>,
     /// Source: what the NBD server at the destination owes.
     nbd: NbdWatch,
+    /// It answers within this time, or the connection is cut: the guest's own writes may come to wait
+    /// for it.
+    disk_stall: Duration,
 }
 
 impl Channel {
@@ -119,6 +119,7 @@ impl Channel {
         peer: End,
         hello: &Hello,
         gated: bool,
+        disk_stall: Duration,
     ) -> Self {
         let state = State::Greeting {
             hello: hello.encode().to_vec(),
@@ -129,6 +130,7 @@ impl Channel {
         channel.qemu = Some(qemu);
         channel.gate = gated.then(AckGate::new);
         channel.is_disk = hello.channel == DISK_CHANNEL;
+        channel.disk_stall = disk_stall;
         channel
     }
 
@@ -157,6 +159,7 @@ impl Channel {
             filtered: Vec::new(),
             waiting_since: None,
             nbd: NbdWatch::default(),
+            disk_stall: STALL,
         }
     }
 
@@ -511,7 +514,7 @@ impl Channel {
             State::Greeting { by, .. } | State::Greeted { by, .. } => Some(*by),
             State::Open | State::Lingering => {
                 let waits = self.waiting_since.map(|since| since + STALL);
-                let silent = self.nbd.deadline(SILENCE);
+                let silent = self.nbd.deadline(self.disk_stall);
                 [waits, silent].into_iter().flatten().min()
             }
         }
@@ -524,7 +527,10 @@ impl Channel {
         if self.waiting_since.is_some_and(|since| since + STALL <= now) {
             return Some("the destination takes no data any more (its sidecar or the link hangs)");
         }
-        let silent = self.nbd.deadline(SILENCE).is_some_and(|at| at <= now);
+        let silent = self
+            .nbd
+            .deadline(self.disk_stall)
+            .is_some_and(|at| at <= now);
         silent.then_some("the destination does not answer to what is written to a disk")
     }
 }

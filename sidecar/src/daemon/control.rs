@@ -338,6 +338,9 @@ impl Daemon {
         if !(1..=2_000_000).contains(&args.max_downtime_ms) {
             return refuse("`max_downtime_ms` is 1 to 2000000");
         }
+        if !(100..=60_000).contains(&args.disk_stall_ms) {
+            return refuse("`disk_stall_ms` is 100 to 60000");
+        }
         if !is_register_address(&args.register) {
             return refuse("`register` is unix:/PATH or tcp:IP:PORT");
         }
@@ -444,7 +447,9 @@ impl Daemon {
         let _ = std::fs::remove_file(&incoming);
         let _ = std::fs::remove_file(incoming.with_extension("nbd"));
         entry.run.halves.push(half);
-        entry.io.push(HalfIo::new(qmp, incoming, token));
+        let mut io = HalfIo::new(qmp, incoming, token);
+        io.disk_stall = Duration::from_millis(args.disk_stall_ms);
+        entry.io.push(io);
         let index = entry.io.len() - 1;
         if args.role == Role::Source {
             self.add_leaf(now, (args.run, index));

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::Child;
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
@@ -45,6 +46,8 @@ pub struct HalfIo {
     pub nbd_path: PathBuf,
     /// Destination: images that were made for this run.
     pub created: Vec<PathBuf>,
+    /// Source: a write to a disk is answered within this time.
+    pub disk_stall: Duration,
     /// Counts grants, so that disks and memory get theirs in turn.
     pub turn: usize,
     /// Pairs stream connections with this VM.
@@ -83,6 +86,7 @@ impl HalfIo {
             disk_listener: None,
             nbd_path: incoming_path.with_extension("nbd"),
             created: Vec::new(),
+            disk_stall: Duration::from_secs(2),
             turn: 0,
             incoming_path,
             token,

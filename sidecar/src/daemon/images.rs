@@ -142,6 +142,7 @@ fn make_qcow2(qemu_img: &Path, path: &Path, size_bytes: u64) -> Result<(), Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::types::CopyMode;
 
     fn image(path: &Path, reuse: bool, size_bytes: u64) -> Image {
         Image {
@@ -181,6 +182,7 @@ mod tests {
         let disks = [PrepareDisk {
             node: "disk7".into(),
             size_bytes: 1,
+            copy_mode: CopyMode::Background,
         }];
         let error = images_of(None, &disks).expect_err("unknown");
         assert!(

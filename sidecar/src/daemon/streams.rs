@@ -103,6 +103,7 @@ impl Daemon {
             token: io.token,
         };
         let held_here = matches!(half, VmHalf::Source(source) if source.is_held_by_relay());
+        let disk_stall = io.disk_stall;
         let gated = hello.channel == 0 && held_here && !io.gate_open;
         io.next_channel += u16::from(!is_disk);
         let id = self.next_token;
@@ -116,7 +117,7 @@ impl Daemon {
         qemu.register(registry, qemu_token)
             .map_err(|error| error.to_string())?;
         let (qemu, peer) = (End::new(qemu_token, qemu), End::new(peer_token, peer));
-        let channel = Channel::outgoing(now.mono, key, qemu, peer, &hello, gated);
+        let channel = Channel::outgoing(now.mono, key, qemu, peer, &hello, gated, disk_stall);
         self.channels.insert(id, channel);
         self.busy.push(id);
         if let Some(entry) = self.runs.get_mut(&key.0) {

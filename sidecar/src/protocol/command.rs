@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::dirty::{DirtyStartArgs, DirtyVmArgs};
 use super::probe::{ProbeArgs, ProbeListenArgs};
-use super::types::{RecordValue, Role, Transport};
+use super::types::{CopyMode, RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -54,6 +54,13 @@ pub struct PrepareArgs {
     /// When pre-copy ends for a VM.
     #[serde(default)]
     pub termination: Termination,
+    /// A write to a local disk's mirror is answered within this time, in ms, or the move is given up:
+    /// the guest's own writes may come to wait for it. Since 1.4.
+    #[serde(
+        default = "default_disk_stall_ms",
+        skip_serializing_if = "is_default_disk_stall"
+    )]
+    pub disk_stall_ms: u64,
     /// The VMs.
     pub vms: Vec<PrepareVm>,
 }
@@ -87,6 +94,9 @@ pub struct PrepareDisk {
     pub node: String,
     /// Its size as the guest sees it, in bytes.
     pub size_bytes: u64,
+    /// How the guest's writes follow.
+    #[serde(default, skip_serializing_if = "is_background")]
+    pub copy_mode: CopyMode,
 }
 
 /// Bounds of intelligent pre-copy termination (VMbuddies 4.2).
@@ -285,6 +295,20 @@ fn default_max_downtime_ms() -> u64 {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
 fn is_relay(transport: &Transport) -> bool {
     *transport == Transport::Relay
+}
+
+fn default_disk_stall_ms() -> u64 {
+    2000
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_default_disk_stall(ms: &u64) -> bool {
+    *ms == default_disk_stall_ms()
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_background(mode: &CopyMode) -> bool {
+    *mode == CopyMode::Background
 }
 
 fn default_true() -> bool {

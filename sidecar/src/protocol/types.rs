@@ -29,6 +29,26 @@ pub enum Transport {
     Direct,
 }
 
+/// How a guest's writes get into the mirror of its disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyMode {
+    /// They are copied later: the guest does not wait.
+    #[default]
+    Background,
+    /// Each waits until it is at the destination, too.
+    WriteBlocking,
+}
+
+impl fmt::Display for CopyMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Background => "background",
+            Self::WriteBlocking => "write-blocking",
+        })
+    }
+}
+
 impl fmt::Display for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {

@@ -1,6 +1,7 @@
 //! VMs with local disks.
 
 use sidecar::protocol::command::PrepareDisk;
+use sidecar::protocol::types::CopyMode;
 
 use super::*;
 
@@ -10,6 +11,7 @@ fn disks() -> Vec<PrepareDisk> {
     let disk = |(node, size_bytes): (&str, u64)| PrepareDisk {
         node: node.into(),
         size_bytes,
+        copy_mode: CopyMode::Background,
     };
     DISKS.map(disk).into()
 }

@@ -1,7 +1,9 @@
 //! `[[vm.disks]]`: local disks that move with their VM.
 
 use sidecar::config::is_node_name;
+use sidecar::protocol::types::CopyMode;
 
+use super::settings::choice;
 use super::tables;
 use crate::application::Disk;
 use crate::application::reader::{Problems, TableReader};
@@ -11,6 +13,10 @@ pub(super) fn read_disks(vm: &mut TableReader<'_, '_>, problems: &mut Problems<'
     let mut disks: Vec<Disk> = Vec::new();
     for mut reader in tables(vm, "disks", problems) {
         reader.name = format!("disks of {}", vm.name);
+        let modes = [CopyMode::Background, CopyMode::WriteBlocking];
+        let names = modes.map(|mode| (mode.to_string(), mode));
+        let choices = names.each_ref().map(|(name, mode)| (name.as_str(), *mode));
+        let copy_mode = choice(&mut reader, problems, "copy-mode", &choices).unwrap_or_default();
         let expected = "the name of its block node, such as \"disk0\"";
         match reader.text(problems, "node", expected) {
             None if !reader.has("node") => reader.missing(problems, "node", expected),
@@ -23,7 +29,10 @@ pub(super) fn read_disks(vm: &mut TableReader<'_, '_>, problems: &mut Problems<'
                 let text = format!("`{}` is there twice in {}", found.value, reader.name);
                 problems.at(&found.span, text);
             }
-            Some(found) => disks.push(Disk { node: found.value }),
+            Some(found) => disks.push(Disk {
+                node: found.value,
+                copy_mode,
+            }),
         }
         reader.finish(problems);
     }

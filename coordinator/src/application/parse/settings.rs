@@ -22,7 +22,7 @@ pub(super) struct Settings {
     pub register: Option<HostId>,
 }
 
-fn choice<T: Copy>(
+pub(super) fn choice<T: Copy>(
     reader: &mut TableReader<'_, '_>,
     problems: &mut Problems<'_>,
     key: &'static str,
@@ -105,6 +105,7 @@ pub(super) fn read_settings(
         "report-interval",
         20 * MS..Duration::from_secs(61),
     );
+    let disk_stall = reader.duration(problems, "disk-stall", 100 * MS..60_001 * MS);
     let channels = reader.integer(problems, "multifd-channels", 0..256);
     let transport = read_transport(&mut reader, problems);
     let register = reader
@@ -150,6 +151,7 @@ pub(super) fn read_settings(
             on_non_convergence: on_non_convergence.unwrap_or(OnNonConvergence::Abort),
             on_partial: on_partial.unwrap_or(OnPartial::Stay),
             report_interval: interval.unwrap_or(500 * MS),
+            disk_stall: disk_stall.unwrap_or(2000 * MS),
             multifd_channels: channels.and_then(|n| u8::try_from(n).ok()).unwrap_or(0),
             transport: transport.unwrap_or_default(),
             termination,

@@ -1,5 +1,6 @@
 use rate_limiter::{Bytes, BytesPerSecond};
 use sidecar::protocol::command::Termination;
+use sidecar::protocol::types::CopyMode;
 
 use super::*;
 use crate::application::ApplicationError;
@@ -249,12 +250,19 @@ fn local_disks_have_names_of_their_own() {
     let nodes: Vec<&str> = app.vms[0].disks.iter().map(|d| d.node.as_str()).collect();
     assert_eq!(nodes, ["root", "data"]);
     assert!(app.vms[1].disks.is_empty());
+    let app = with(r#"[{ node = "root", copy-mode = "write-blocking" }]"#).expect("good");
+    assert_eq!(app.vms[0].disks[0].copy_mode, CopyMode::WriteBlocking);
+    assert_eq!(app.disk_stall, Duration::from_secs(2));
     for (disks, needle) in [
         (r#"["root"]"#, "[[disks]]"),
         ("[{}]", "`node` is missing"),
         (r#"[{ node = "a/b" }]"#, "block node"),
         (r#"[{ node = "a" }, { node = "a" }]"#, "twice"),
         (r#"[{ node = "a", size = 1 }]"#, "unknown key `size`"),
+        (
+            r#"[{ node = "a", copy-mode = "fast" }]"#,
+            "\"background\" or \"write-blocking\"",
+        ),
     ] {
         let problems = with(disks).expect_err(disks);
         assert!(problems[0].text.contains(needle), "{disks}: {problems:?}");

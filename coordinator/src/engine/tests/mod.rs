@@ -46,6 +46,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
             deadline: None,
             lease: Duration::from_secs(5),
             report_interval: Duration::from_millis(500),
+            disk_stall: Duration::from_secs(2),
             multifd_channels: 0,
             termination: Termination::default(),
             horizon: Duration::from_secs(10),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Ask, check_node};
 use crate::protocol::command::PrepareDisk;
-use crate::protocol::types::{DiskInfo, DiskReport};
+use crate::protocol::types::{CopyMode, DiskInfo, DiskReport};
 
 /// How often the jobs are looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -66,6 +66,7 @@ enum Stage {
 struct Mirror {
     node: String,
     size_bytes: u64,
+    copy_mode: CopyMode,
     offset: u64,
     len: u64,
     ready: bool,
@@ -105,6 +106,7 @@ impl Mirrors {
         let disks = disks.iter().map(|disk| Mirror {
             node: disk.node.clone(),
             size_bytes: disk.size_bytes,
+            copy_mode: disk.copy_mode,
             offset: 0,
             len: disk.size_bytes,
             ready: false,
@@ -133,6 +135,7 @@ impl Mirrors {
             .map(|node| PrepareDisk {
                 node: node.clone(),
                 size_bytes: 0,
+                copy_mode: CopyMode::Background,
             })
             .collect();
         let mut mirrors = Self::new(&disks);
@@ -337,7 +340,7 @@ impl Mirrors {
                     "target": target(index),
                     "sync": "full",
                     "granularity": GRANULARITY,
-                    "copy-mode": "background",
+                    "copy-mode": self.disks[index].copy_mode,
                 });
                 self.ask(Tag::Mirror(index), "blockdev-mirror", arguments);
             }

@@ -61,9 +61,8 @@ impl Source {
         self.next_poll = None;
         self.switch_by = None;
         self.release_by = None;
-        if let (Some((capabilities, parameters)), true) =
-            (self.originals.take(), self.qmp.is_some())
-        {
+        let originals = self.originals.take().filter(|_| self.qmp.is_some());
+        if let Some((capabilities, parameters)) = originals {
             self.restoring = 2;
             self.send(
                 now,
