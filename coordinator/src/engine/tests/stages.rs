@@ -128,11 +128,13 @@ fn it_waits_for_its_turn_for_as_long_as_it_takes() {
         spec.limits.deadline = deadline;
         let mut s = Script::new(spec);
         s.prepared();
-        held(&mut s, "web", MB);
-        held(&mut s, "db", MB);
+        for vm in ["web", "db"] {
+            round_over(&mut s, vm);
+            report(&mut s, vm, Phase::Precopy, 2, 20 * MB);
+        }
         s.took();
         s.pass(Duration::from_secs(100_000));
-        assert_eq!(s.took(), vec![], "all are held, and it is not their turn");
+        assert_eq!(s.took(), vec![], "all are copied, and it is not their turn");
         assert_eq!(s.group.outcome(), None);
         s.group.give_turn(s.now);
         s.drain();
