@@ -125,10 +125,10 @@ impl GroupRun {
                 if vm.member.from == host {
                     of_host += share;
                     let is_narrow = self.is_narrow(vm);
-                    let is_free = lift_limits || (is_narrow && vm.held);
                     let limit = match self.spec.parked {
-                        _ if is_free => Some(0),
+                        _ if lift_limits => Some(0),
                         Some(parked) if vm.parked => Some(parked.0),
+                        _ if is_narrow && vm.held => Some(0),
                         _ if is_narrow => Some(share.round().max(1.0) as u64),
                         // It may have been parked.
                         Some(_) => Some(0),

@@ -89,7 +89,13 @@ fn held(s: &mut Script, vm: &str, remaining_bytes: u64) {
 
 /// Both are copied once, and wait.
 fn waiting() -> Script {
-    let mut s = Script::new(two_stages(&["web", "db"]));
+    waiting_with(None)
+}
+
+fn waiting_with(deadline: Option<Duration>) -> Script {
+    let mut spec = two_stages(&["web", "db"]);
+    spec.limits.deadline = deadline;
+    let mut s = Script::new(spec);
     s.prepared();
     for vm in ["web", "db"] {
         round_over(&mut s, vm);
@@ -124,28 +130,27 @@ fn who_is_copied_first_is_parked_until_all_are() {
 #[test]
 fn it_waits_for_its_turn_for_as_long_as_it_takes() {
     for deadline in [None, Some(Duration::from_secs(60))] {
-        let mut spec = two_stages(&["web", "db"]);
-        spec.limits.deadline = deadline;
-        let mut s = Script::new(spec);
-        s.prepared();
-        for vm in ["web", "db"] {
-            round_over(&mut s, vm);
-            report(&mut s, vm, Phase::Precopy, 2, 20 * MB);
-        }
-        s.took();
-        s.pass(Duration::from_secs(100_000));
-        assert_eq!(s.took(), vec![], "all are copied, and it is not their turn");
-        assert_eq!(s.group.outcome(), None);
+        let mut s = waiting_with(deadline);
+        s.pass(Duration::from_secs(10_000));
+        assert_eq!(s.took(), vec![]);
         s.group.give_turn(s.now);
         s.drain();
         assert!(s.steps.contains(&Step::Turn));
-        s.pass(Duration::from_secs(30));
-        assert_eq!(s.group.outcome(), None);
+        s.pass(Duration::from_secs(50));
         assert_eq!(s.reason(), "");
         // From here on the deadline counts again.
-        s.pass(Duration::from_secs(200));
+        s.pass(Duration::from_secs(60));
         assert!(s.reason().contains("deadline"), "{}", s.reason());
     }
+}
+
+#[test]
+fn that_all_are_held_is_no_turn() {
+    let mut s = waiting_with(Some(Duration::from_secs(60)));
+    s.held();
+    s.pass(Duration::from_secs(10_000));
+    assert_eq!(s.took(), vec![]);
+    assert_eq!(s.group.outcome(), None);
 }
 
 #[test]
@@ -267,4 +272,19 @@ fn in_stage_one_the_deadline_counts() {
         s.reason()
     );
     assert!(!s.took().contains(&(A, "hold")));
+}
+
+#[test]
+fn a_narrow_interface_does_not_free_who_is_parked() {
+    let mut spec = two_stages(&["web", "db"]);
+    spec.capacity.cuts.push(crate::capacity::Cut {
+        rate: BytesPerSecond(10 * MB),
+        members: vec![0],
+    });
+    let mut s = Script::new(spec);
+    s.prepared();
+    // Both at the pace at which all end together: web's 10 MB/s.
+    assert_eq!(last_pace(&s).vms["web"].bytes_per_s, Some(10 * MB));
+    held(&mut s, "web", MB);
+    assert_eq!(last_pace(&s).vms["web"].bytes_per_s, Some(PARKED));
 }
