@@ -1,6 +1,6 @@
 //! The conductor: carries out a plan, group by group, and settles what a failed group means for
 //! those that have moved already. Pure, like the engine under it. Groups that take turns after a bulk
-//! copy of all of them (COMMA's two stages) are in [`stages`].
+//! copy of all of them (COMMA's two stages) are in `stages.rs`.
 
 mod stages;
 

@@ -48,11 +48,20 @@ impl<R: Randomness> Conductor<'_, R> {
         started.rposition(|started| started.planned == planned)
     }
 
+    /// Whether a group has moved, or may have the next moment.
+    fn any_moves(&self) -> bool {
+        self.started.iter().any(|started| {
+            let group = &started.group;
+            group.outcome() == Some(Outcome::Committed) || group.is_switching()
+        })
+    }
+
     /// Whether a planned group that failed is tried once more.
     fn is_tried_again(&self, planned: usize) -> bool {
         let latest = self.latest(planned).map(|index| &self.started[index]);
         self.app.on_partial == OnPartial::Retry
             && !self.interrupted
+            && self.any_moves()
             && latest.is_some_and(|started| {
                 started.purpose == Purpose::Forward
                     && started.group.outcome() != Some(Outcome::NeedsAttention)
@@ -69,11 +78,8 @@ impl<R: Randomness> Conductor<'_, R> {
             .filter_map(|planned| self.latest(planned))
             .filter(|&index| has_failed(&self.started[index].group))
             .collect();
-        let stays_moved =
-            |group: &GroupRun| group.outcome() == Some(Outcome::Committed) || group.is_switching();
-        let any_moves = self.started.iter().any(|one| stays_moved(&one.group));
-        let is_final =
-            |&index: &usize| !any_moves || !self.is_tried_again(self.started[index].planned);
+        let any_moves = self.any_moves();
+        let is_final = |&index: &usize| !self.is_tried_again(self.started[index].planned);
         let Some(first) = failed.iter().copied().find(is_final) else {
             return;
         };
@@ -135,7 +141,7 @@ impl<R: Randomness> Conductor<'_, R> {
                     self.start(now, planned, Purpose::Retry);
                     return self.latest(planned);
                 }
-                Some(_) => {}
+                Some(_) => return None,
             }
         }
         None

@@ -8,6 +8,9 @@ use super::*;
 use crate::application::Policy;
 use crate::policy::plan;
 
+mod two_stages;
+mod world;
+
 struct Counter(u128);
 
 impl Randomness for Counter {

@@ -19,7 +19,7 @@
 //!   sidecars ask the register, and whatever the register answers is obeyed.
 //! - After a commit is recorded nothing but finishing forward happens.
 //! - Every state but the end has a deadline, and so has every command. A group of two stages
-//!   ([`stages`]) waits without one for its turn: that comes when those before it have ended.
+//!   (`stages.rs`) waits without one for its turn: that comes when those before it have ended.
 
 mod advance;
 mod events;

@@ -90,12 +90,17 @@ impl GroupRun {
         self.vms.iter().map(of).collect()
     }
 
-    /// Another share of the bandwidth, of many small steps: VMs get theirs anew where it matters.
+    /// Another share of the bandwidth, of many small steps: VMs get theirs anew where it matters, and
+    /// at once where the group has to make room for others.
     pub fn share_bandwidth(&mut self, now: Duration, bandwidth: BytesPerSecond) {
-        if self.spec.capacity.bandwidth == bandwidth {
+        let before = self.spec.capacity.bandwidth;
+        if before == bandwidth {
             return;
         }
         self.spec.capacity.bandwidth = bandwidth;
+        if bandwidth.0 < before.0 / 20 * 19 {
+            self.paced = None;
+        }
         if self.stage == Stage::Precopy {
             self.pace(now);
         }

@@ -1,6 +1,6 @@
-//! `policies` and `policies-hot`: every policy that can be carried out, in turns, on the same guests
-//! over the same link: what a move takes, what it sends, for how long the application is split, and
-//! how well its completion was predicted.
+//! `policies` and `policies-hot`: every policy, in turns, on the same guests over the same link: what a
+//! move takes, what it sends, for how long the application is split, and how well its completion was
+//! predicted.
 
 use anyhow::{Context, Result};
 use coordinator::application::Policy;

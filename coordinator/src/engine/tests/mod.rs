@@ -3,6 +3,7 @@
 mod failures;
 mod happy;
 mod random;
+mod stages;
 
 use super::*;
 use crate::application::OnNonConvergence;

@@ -14,6 +14,7 @@ enum Happening {
     Lost(usize),
     Connected(usize),
     Interrupt,
+    Turn,
     Pass(u64),
     RegisterAborts,
 }
@@ -30,6 +31,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => (0..3_usize).prop_map(Happening::Lost),
         2 => (0..3_usize).prop_map(Happening::Connected),
         1 => Just(Happening::Interrupt),
+        2 => Just(Happening::Turn),
         2 => (0..3000_u64).prop_map(Happening::Pass),
         1 => Just(Happening::RegisterAborts),
     ]
@@ -72,6 +74,7 @@ fn apply(s: &mut Script, happening: Happening) {
         Happening::Lost(host) => s.group.handle_lost(s.now, HostId(host), "random"),
         Happening::Connected(host) => s.group.handle_connected(s.now, HostId(host)),
         Happening::Interrupt => s.group.interrupt(s.now),
+        Happening::Turn => s.group.give_turn(s.now),
         Happening::Pass(ms) => s.pass(Duration::from_millis(ms)),
         Happening::RegisterAborts => {
             if s.sent
@@ -93,10 +96,14 @@ proptest! {
     /// arrival), `commit` is never sent without the register's word, and it ends.
     #[test]
     fn commit_only_when_all_have_arrived(
-        hold in any::<bool>(),
+        (hold, two_stages) in prop_oneof![
+            Just((false, false)), Just((true, false)), Just((true, true))
+        ],
         happenings in proptest::collection::vec(happening(), 0..60),
     ) {
-        let mut s = Script::new(spec(&["web", "db"], hold));
+        let mut spec = spec(&["web", "db"], hold);
+        spec.parked = two_stages.then_some(BytesPerSecond(65_536));
+        let mut s = Script::new(spec);
         let mut arrived = BTreeSet::new();
         let mut dead = BTreeSet::new();
         let mut broken = BTreeSet::new();
@@ -127,6 +134,7 @@ proptest! {
             let commits = s.sent.iter().any(|(_, _, c)| matches!(c, Command::Commit(_)));
             prop_assert!(!commits);
         }
+        apply(&mut s, Happening::Turn);
         s.pass(Duration::from_secs(200));
         prop_assert!(s.group.outcome().is_some());
     }
