@@ -86,6 +86,21 @@ fn run_moves_the_group_and_reports() {
 }
 
 #[test]
+fn a_bandwidth_that_is_not_known_is_needed_before_anything_is_touched() {
+    let world = World::new("");
+    let file = world.file("").display().to_string();
+    let text = std::fs::read_to_string(&file).expect("written");
+    std::fs::write(&file, text.replace("bandwidth = \"50MB/s\"", "")).expect("written");
+    // These sidecars probe nothing.
+    let (code, text) = end(muster(&["run", &file]));
+    assert_eq!(code, 1, "{text}");
+    for needle in ["could not be probed", "a to b", "set `bandwidth`"] {
+        assert!(text.contains(needle), "{needle} in {text}");
+    }
+    assert!(!world.log().iter().any(|(_, name)| *name == "prepare"));
+}
+
+#[test]
 fn an_interrupt_in_pre_copy_rolls_back() {
     let world = World::new("start");
     let file = world.file("").display().to_string();
