@@ -206,3 +206,56 @@ fn without_sidecars_it_makes_do_with_the_file() {
         });
     }
 }
+
+#[test]
+fn the_bandwidth_must_be_known_and_the_reserve_is_taken_off_it() {
+    let given = "bandwidth = \"32MB/s\"";
+    assert!(example().contains(given));
+    with(&example().replace(given, ""), |file| {
+        let (code, _, err) = muster(&["plan", file]);
+        assert!(code == 1 && err.contains("`bandwidth` is missing"), "{err}");
+    });
+    let reserved = "bandwidth = \"40MB/s\"\nreserve = \"8MB/s\"";
+    with(&example().replace(given, reserved), |file| {
+        let args = ["plan", "--policy", "comma", "--stage", "two", "--json"];
+        let (code, out, _) = muster(&[&args[..], &[file]].concat());
+        assert_eq!(code, 0, "{out}");
+        let plan: Value = serde_json::from_str(&out).expect("JSON");
+        let found = plan["impact_bytes"].as_f64().expect("a number");
+        assert!((found - 2_900_645.161).abs() < 0.001, "{found}");
+    });
+}
+
+const HOSTS: &str = "version = 1\n[application]\nname = \"shop\"\n\
+    [[host]]\nname = \"a\"\ncontrol = \"unix:/nonexistent/a\"\n\
+    [[host]]\nname = \"b\"\ncontrol = \"unix:/nonexistent/b\"\n\
+    [[vm]]\nname = \"db\"\nuuid = \"6f1c1c1e-8a52-4b6e-9a4e-3f0b3a6c1d01\"\n\
+    from = \"a\"\nto = \"b\"\nmemory = \"1GB\"\n";
+
+#[test]
+fn without_sidecars_it_makes_do_with_the_file() {
+    let named = |keys: &str| HOSTS.replace("name = \"shop\"", &format!("name = \"shop\"\n{keys}"));
+    let known = HOSTS.to_owned() + "dirty-rate = \"1MB/s\"\nmax-dirty-rate = \"2MB/s\"\n";
+    let bandwidth = "name = \"shop\"\nbandwidth = \"32MB/s\"";
+    let enough = known.replace("name = \"shop\"", bandwidth);
+    with(&enough, |file| {
+        let (code, out, err) = muster(&["plan", file]);
+        assert_eq!(code, 0, "{err}");
+        assert!(out.contains("note: nothing was measured"), "{out}");
+    });
+    // All of it stands there: nobody is asked.
+    with(&(enough + "writable-working-set = \"8MB\"\n"), |file| {
+        let (code, out, _) = muster(&["plan", file]);
+        assert!(code == 0 && !out.contains("measured"), "{out}");
+    });
+    for (text, missing) in [
+        (known.clone(), "`bandwidth` is missing"),
+        (named("bandwidth = \"32MB/s\""), "give `dirty-rate`"),
+        (named(""), "no sidecar answers"),
+    ] {
+        with(&text, |file| {
+            let (code, _, err) = muster(&["plan", file]);
+            assert!(code == 1 && err.contains(missing), "{missing} in {err}");
+        });
+    }
+}
