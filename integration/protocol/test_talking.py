@@ -52,7 +52,9 @@ class Talking(Case):
         self.assertRegex(host["stream_address"], r"^127\.0\.0\.1:\d+$")
         vms = {vm["vm"]: vm for vm in await client.execute("query-vms")}
         self.assertEqual(set(vms), {"web", "db"})
-        self.assertEqual(set(vms["web"]), {"vm", "qmp", "qmp_present", "can_receive", "incoming_build"})
+        self.assertEqual(
+            set(vms["web"]), {"vm", "qmp", "qmp_present", "can_receive", "incoming_build", "disks"}
+        )
         self.assertEqual([vms["web"]["can_receive"], vms["db"]["can_receive"]], [True, False])
         self.assertEqual(vms["db"]["qmp"], "/nonexistent.qmp")
         self.assertFalse(vms["db"]["qmp_present"])
