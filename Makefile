@@ -28,8 +28,9 @@ demo: build ## three VMs move between two hosts: sequential, parallel, muster (A
 	$(TESTBED) demo $(ARGS)
 
 test: setup lint build qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol
-	$(CARGO) test --locked --workspace --exclude muster-testbed
-	$(CARGO) test --locked -p muster-testbed --lib --bins
+	$(CARGO) test --locked --workspace --lib --bins
+	$(CARGO) test --locked --workspace --exclude muster-testbed --test '*'
+	$(CARGO) test --locked --workspace --doc
 	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS)
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 	MUSTER_QEMU=$(STOCK_QEMU) $(SUDO) scripts/protocol-test.sh
