@@ -114,9 +114,10 @@ impl GroupRun {
     /// the last moment, up to half of the time that the group may stay armed.
     fn still_falls(&mut self, now: Duration, since: Duration, predicted: Duration) -> bool {
         let is_little = predicted <= self.spec.limits.max_downtime / 20;
-        // A patched QEMU does not send what it holds in vain.
+        // A patched QEMU does not send what it holds in vain, unless that has come to fit.
         let rests = |vm: &VmRun| vm.qemu_build == QemuBuild::Patched && vm.is_held_in_vain();
-        if is_little || self.vms.iter().all(rests) || now >= since + ARMED_AT_MOST / 2 {
+        let all_rest = predicted > self.spec.limits.max_downtime && self.vms.iter().all(rests);
+        if is_little || all_rest || now >= since + ARMED_AT_MOST / 2 {
             return false;
         }
         match self.weighed {

@@ -47,6 +47,19 @@ fn file(lab: &Lab) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Of the path, and of each VM.
+fn says_what_was_measured(notes: &str) -> Result<()> {
+    for part in [
+        "bandwidth from a to b",
+        "VM web: measured",
+        "VM db: measured",
+        "reserved",
+    ] {
+        ensure!(notes.contains(part), "`{part}` is not in: {notes}");
+    }
+    Ok(())
+}
+
 /// Fills the application in; the notes.
 fn survey(app: &mut Application) -> Result<Vec<String>> {
     let interrupt = AtomicU8::new(0);
@@ -117,14 +130,7 @@ pub fn figures(accel: Accel) -> Result<()> {
     let plan: Value = serde_json::from_slice(&output.stdout)?;
     ensure!(plan["converges"] == true, "{plan}");
     let notes = plan["notes"].to_string();
-    for part in [
-        "bandwidth from a to b",
-        "VM web: measured",
-        "VM db: measured",
-        "reserved",
-    ] {
-        ensure!(notes.contains(part), "`{part}` is not in: {notes}");
-    }
+    says_what_was_measured(&notes)?;
     check_all(&lab, "a", since)
 }
 
@@ -183,13 +189,6 @@ pub fn before_a_move(accel: Accel) -> Result<()> {
     let report: Value = serde_json::from_slice(&output.stdout)?;
     ensure!(report["result"] == "committed", "{report}");
     let notices = report["notices"].to_string();
-    for part in [
-        "bandwidth from a to b",
-        "VM web: measured",
-        "VM db: measured",
-        "reserved",
-    ] {
-        ensure!(notices.contains(part), "`{part}` is not in: {notices}");
-    }
+    says_what_was_measured(&notices)?;
     check_all(&lab, "b", since)
 }

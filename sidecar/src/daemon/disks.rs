@@ -1,11 +1,10 @@
 //! Connections of local disks: who they belong to, and how they end.
 
-use mio::Interest;
-use mio::net::UnixListener;
+use std::path::PathBuf;
 
 use super::channel::HalfKey;
-use super::net::Socket;
 use super::storage::Job;
+use super::streams::listen;
 use super::{Daemon, Slot, log};
 use crate::migration::Now;
 use crate::protocol::types::{Phase, Role};
@@ -21,44 +20,14 @@ impl Daemon {
         let half = &mut entry.run.halves[key.1];
         let name = format!("{}.mirror", half.half().name);
         let path = self.config.runtime_dir.join(name);
-        // What an earlier life left.
-        let _ = std::fs::remove_file(&path);
-        let bound = UnixListener::bind(&path).and_then(|mut listener| {
-            self.poll
-                .registry()
-                .register(&mut listener, token, Interest::READABLE)?;
-            Ok(listener)
-        });
-        match bound {
+        match listen(self.poll.registry(), token, &path) {
             Ok(listener) => {
                 entry.io[key.1].disk_listener = Some((token, listener, path.clone()));
                 if let Some(source) = half.source_mut() {
                     source.disks_listening(now, &path.display().to_string());
                 }
             }
-            Err(error) => half.fail(&format!(
-                "{} cannot be listened on: {error}",
-                path.display()
-            )),
-        }
-    }
-
-    pub(super) fn accept_disks(&mut self, now: Now, key: HalfKey) {
-        loop {
-            let Some(entry) = self.runs.get_mut(&key.0) else {
-                return;
-            };
-            let Some((_, listener, _)) = &mut entry.io[key.1].disk_listener else {
-                return;
-            };
-            let Ok((socket, _)) = listener.accept() else {
-                return;
-            };
-            if let Err(error) = self.open_channel(now, key, Socket::Unix(socket), true) {
-                if let Some(entry) = self.runs.get_mut(&key.0) {
-                    entry.run.halves[key.1].stream_failed(&error);
-                }
-            }
+            Err(error) => half.fail(&error),
         }
     }
 
@@ -130,10 +99,17 @@ impl Daemon {
         };
         let stayed = entry.run.halves[key.1].half().phase() == Phase::RolledBack;
         let images = std::mem::take(&mut entry.io[key.1].created);
-        if stayed && !images.is_empty() {
-            if let Err(error) = self.storage.submit(Job::RemoveImages(images)) {
-                log(&error);
-            }
+        if stayed {
+            self.remove_images(images);
+        }
+    }
+
+    pub(super) fn remove_images(&self, images: Vec<PathBuf>) {
+        if images.is_empty() {
+            return;
+        }
+        if let Err(error) = self.storage.submit(Job::RemoveImages(images)) {
+            log(&format!("images of a run are left: {error}"));
         }
     }
 }

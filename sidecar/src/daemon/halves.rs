@@ -249,6 +249,7 @@ impl Daemon {
             if let Ok(process) = process {
                 process.kill();
             }
+            self.remove_images(created);
             return;
         };
         entry.io[key.1].created = created;

@@ -1,15 +1,21 @@
 //! Images for disks that come here, made before the QEMU that opens them is started.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
 
+use super::log;
 use crate::config::{DiskConfig, ImageFormat, VmConfig};
 use crate::protocol::command::PrepareDisk;
 
+/// qemu-img makes an empty image in that time.
+const QEMU_IMG_WITHIN: Duration = Duration::from_secs(10);
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(5);
 /// What a file system must have left beside the disks.
 const ROOM: u64 = 16 << 20;
 
@@ -68,7 +74,7 @@ pub fn remove(images: &[PathBuf]) {
     for image in images {
         if let Err(error) = fs::remove_file(image) {
             let path = image.display();
-            eprintln!("muster-sidecar: the image {path} cannot be removed: {error}");
+            log(&format!("the image {path} cannot be removed: {error}"));
         }
     }
 }
@@ -125,18 +131,44 @@ fn make_raw(path: &Path, size_bytes: u64) -> io::Result<()> {
 }
 
 fn make_qcow2(qemu_img: &Path, path: &Path, size_bytes: u64) -> Result<(), String> {
-    let output = Command::new(qemu_img)
+    let cannot = |error: io::Error| format!("{} cannot be run: {error}", qemu_img.display());
+    let mut child = Command::new(qemu_img)
         .args(["create", "-q", "-f", "qcow2"])
         .arg(path)
         .arg(size_bytes.to_string())
         .stdin(Stdio::null())
-        .output()
-        .map_err(|error| format!("{} cannot be run: {error}", qemu_img.display()))?;
-    if output.status.success() {
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(cannot)?;
+    let by = Instant::now() + QEMU_IMG_WITHIN;
+    let status = loop {
+        match child.try_wait() {
+            Ok(None) if Instant::now() < by => std::thread::sleep(LOOK),
+            Ok(None) => {
+                // One that waits for a file system ends when that does.
+                let _ = child.kill();
+                return Err(format!(
+                    "{} was not done within {QEMU_IMG_WITHIN:?}",
+                    qemu_img.display()
+                ));
+            }
+            result => break result,
+        }
+    };
+    if status
+        .as_ref()
+        .is_ok_and(|status| status.is_some_and(|status| status.success()))
+    {
         return Ok(());
     }
     let _ = fs::remove_file(path);
-    Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    status.map_err(cannot)?;
+    let mut said = String::new();
+    if let Some(errors) = &mut child.stderr {
+        errors.read_to_string(&mut said).map_err(cannot)?;
+    }
+    Err(said.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -175,6 +207,24 @@ mod tests {
         assert!(error.contains("are free in"), "{error}");
         remove(&made);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn why_qemu_img_makes_no_image_is_said() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.qcow2");
+        let qcow2 = |path: &Path| {
+            let mut image = image(path, false, 8192);
+            image.disk.format = ImageFormat::Qcow2;
+            image
+        };
+        // Programs that stand for it: one that is content, one that complains.
+        let made = make(&[qcow2(&path)], Path::new("/bin/true"));
+        assert_eq!(made, Ok(vec![path.clone()]));
+        let error = make(&[qcow2(&path)], Path::new("/bin/ls")).expect_err("refused");
+        assert!(error.contains("cannot access"), "{error}");
+        let error = make(&[qcow2(&path)], Path::new("/no/such/program")).expect_err("none");
+        assert!(error.contains("cannot be run"), "{error}");
     }
 
     #[test]

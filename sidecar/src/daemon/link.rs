@@ -13,6 +13,8 @@ use uuid::Uuid;
 
 use super::net::{Moved, Socket, read_some, write_some};
 use super::storage::read_records;
+use super::{Daemon, Slot};
+use crate::migration::Now;
 use crate::protocol::types::{RecordKey, RecordValue};
 use crate::qmp::{QmpClient, QmpMessage};
 use crate::run::Ask;
@@ -121,6 +123,65 @@ fn read_answer(ask: Ask, value: &Value) -> Result<Records, String> {
             let value = serde_json::from_value(value["value"].clone())
                 .map_err(|error| format!("its answer has no `value`: {error}"))?;
             Ok(vec![(key, value)])
+        }
+    }
+}
+
+impl Daemon {
+    pub(super) fn ask_register(&mut self, now: Now, run: Uuid, ask: Ask) {
+        let Some(entry) = self.runs.get(&run) else {
+            return;
+        };
+        let address = entry.run.register.clone();
+        if !self.links.contains_key(&run) {
+            let connected = connect(&address).and_then(|mut socket| {
+                let token = self.token(Slot::Link(run));
+                socket.register(self.poll.registry(), token)?;
+                Ok(Link::new(now.mono, token, socket))
+            });
+            match connected {
+                Ok(link) => {
+                    self.links.insert(run, link);
+                }
+                Err(error) => {
+                    if let Some(entry) = self.runs.get_mut(&run) {
+                        entry.run.not_answered(now, &error.to_string());
+                    }
+                    return;
+                }
+            }
+        }
+        if let Some(link) = self.links.get_mut(&run) {
+            link.ask(now.mono, run, ask);
+        }
+        self.serve_link(now, run);
+    }
+
+    pub(super) fn serve_link(&mut self, now: Now, run: Uuid) {
+        let Some(link) = self.links.get_mut(&run) else {
+            return;
+        };
+        let step = link.step(now.mono);
+        let Some(entry) = self.runs.get_mut(&run) else {
+            return;
+        };
+        match step {
+            Ok(Some(records)) => entry.run.answered(now, &records),
+            Ok(None) => {}
+            Err(error) => {
+                let was_asked = !link.is_quiet();
+                if was_asked {
+                    entry.run.not_answered(now, &error);
+                }
+                self.drop_link(run);
+            }
+        }
+    }
+
+    pub(super) fn drop_link(&mut self, run: Uuid) {
+        if let Some(mut link) = self.links.remove(&run) {
+            link.socket.deregister(self.poll.registry());
+            self.slots.remove(&link.token);
         }
     }
 }

@@ -56,7 +56,7 @@ use uuid::Uuid;
 use crate::config::Config;
 use crate::migration::{Now, Output};
 use crate::protocol::event::Event;
-use crate::run::{Ask, NotePlace, Run, RunOutput};
+use crate::run::{NotePlace, Run, RunOutput};
 use bandwidth::Probings;
 use channel::{Channel, HalfKey};
 use clients::Client;
@@ -343,8 +343,8 @@ impl Daemon {
             Slot::Client => self.serve_client(now, token.0),
             Slot::Monitor(key) => self.serve_monitor(now, key),
             Slot::Process(key) => self.check_process(now, key),
-            Slot::Listener(key) => self.accept_qemu(now, key),
-            Slot::DiskListener(key) => self.accept_disks(now, key),
+            Slot::Listener(key) => self.accept_qemu(now, key, false),
+            Slot::DiskListener(key) => self.accept_qemu(now, key, true),
             Slot::ChannelEnd(id) => {
                 if let Some(channel) = self.channels.get_mut(&id) {
                     channel.ready(token, ready.0, ready.1);
@@ -524,63 +524,6 @@ impl Daemon {
             }
         }
         number
-    }
-
-    fn ask_register(&mut self, now: Now, run: Uuid, ask: Ask) {
-        let Some(entry) = self.runs.get(&run) else {
-            return;
-        };
-        let address = entry.run.register.clone();
-        if !self.links.contains_key(&run) {
-            let connected = link::connect(&address).and_then(|mut socket| {
-                let token = self.token(Slot::Link(run));
-                socket.register(self.poll.registry(), token)?;
-                Ok(Link::new(now.mono, token, socket))
-            });
-            match connected {
-                Ok(link) => {
-                    self.links.insert(run, link);
-                }
-                Err(error) => {
-                    if let Some(entry) = self.runs.get_mut(&run) {
-                        entry.run.not_answered(now, &error.to_string());
-                    }
-                    return;
-                }
-            }
-        }
-        if let Some(link) = self.links.get_mut(&run) {
-            link.ask(now.mono, run, ask);
-        }
-        self.serve_link(now, run);
-    }
-
-    fn serve_link(&mut self, now: Now, run: Uuid) {
-        let Some(link) = self.links.get_mut(&run) else {
-            return;
-        };
-        let step = link.step(now.mono);
-        let Some(entry) = self.runs.get_mut(&run) else {
-            return;
-        };
-        match step {
-            Ok(Some(records)) => entry.run.answered(now, &records),
-            Ok(None) => {}
-            Err(error) => {
-                let was_asked = !link.is_quiet();
-                if was_asked {
-                    entry.run.not_answered(now, &error);
-                }
-                self.drop_link(run);
-            }
-        }
-    }
-
-    fn drop_link(&mut self, run: Uuid) {
-        if let Some(mut link) = self.links.remove(&run) {
-            link.socket.deregister(self.poll.registry());
-            self.slots.remove(&link.token);
-        }
     }
 
     fn timeout(&self, now: Now) -> Duration {

@@ -1,7 +1,8 @@
 //! What may block — files that are synced, programs that are started — happens on this thread.
 //!
 //! The event loop sends a [`Job`] over a bounded channel and is woken when its [`Done`] is there.
-//! One thread, so that jobs keep their order.
+//! One thread, so that jobs keep their order. Images of disks may lie on any file system, also one
+//! that hangs: what touches them has a thread of its own each time, and the register goes on.
 
 use std::path::PathBuf;
 use std::process::Child;
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::images::{self, Image};
-use super::process;
+use super::{log, process};
 use crate::notes::{self, Note};
 use crate::protocol::codec::CommandError;
 use crate::protocol::types::{RecordKey, RecordValue};
@@ -96,10 +97,12 @@ impl Storage {
             .name("storage".into())
             .spawn(move || {
                 for job in queue {
-                    let Some(result) = perform(job, &mut register, &notes_dir) else {
-                        continue;
+                    let done = if job.touches_images() {
+                        beside(job, &results, &waker)
+                    } else {
+                        perform(job, &mut register, &notes_dir)
                     };
-                    if results.send(result).is_err() || waker.wake().is_err() {
+                    if done.is_some_and(|done| !tell(done, &results, &waker)) {
                         return;
                     }
                 }
@@ -121,6 +124,67 @@ impl Storage {
     /// What was done since.
     pub fn take_done(&self) -> Vec<Done> {
         self.done.try_iter().collect()
+    }
+}
+
+impl Job {
+    fn touches_images(&self) -> bool {
+        match self {
+            Self::Spawn { images, .. } => !images.is_empty(),
+            Self::RemoveImages(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether somebody is there to be told.
+fn tell(done: Done, results: &Sender<Done>, waker: &Waker) -> bool {
+    results.send(done).is_ok() && waker.wake().is_ok()
+}
+
+/// Does a job on a thread of its own; what came of it at once, where there is none.
+fn beside(job: Job, results: &Sender<Done>, waker: &Arc<Waker>) -> Option<Done> {
+    let whose = match &job {
+        Job::Spawn { run, half, .. } => Some((*run, *half)),
+        _ => None,
+    };
+    let (results, waker) = (results.clone(), waker.clone());
+    let thread = std::thread::Builder::new().name("images".into());
+    let started = thread.spawn(move || {
+        if let Some(done) = with_images(job) {
+            tell(done, &results, &waker);
+        }
+    });
+    let error = format!("no thread can be started: {}", started.err()?);
+    match whose {
+        Some((run, half)) => Some(Done::Spawned(run, half, Err(error), Vec::new())),
+        None => {
+            log(&format!("images of a run are left: {error}"));
+            None
+        }
+    }
+}
+
+/// The jobs that have to do with images.
+fn with_images(job: Job) -> Option<Done> {
+    match job {
+        Job::RemoveImages(paths) => {
+            images::remove(&paths);
+            None
+        }
+        Job::Spawn {
+            images,
+            run,
+            half,
+            arguments,
+            log,
+        } => {
+            let made = images::make(&images, &qemu_img(&arguments));
+            let created = made.clone().unwrap_or_default();
+            let child = made.and_then(|_| process::spawn(&arguments, &log));
+            Some(Done::Spawned(run, half, child, created))
+        }
+        _ => None,
     }
 }
 
@@ -194,21 +258,6 @@ fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -
             register.records(run).map(|records| records_value(&records)),
         ),
         Job::Forget(asker, run) => answer(asker, register.forget(run).map(|()| json!({}))),
-        Job::RemoveImages(paths) => {
-            images::remove(&paths);
-            return None;
-        }
-        Job::Spawn {
-            images,
-            run,
-            half,
-            arguments,
-            log,
-        } => {
-            let made = images::make(&images, &qemu_img(&arguments));
-            let created = made.clone().unwrap_or_default();
-            let child = made.and_then(|_| process::spawn(&arguments, &log));
-            Done::Spawned(run, half, child, created)
-        }
+        Job::RemoveImages(_) | Job::Spawn { .. } => return with_images(job),
     })
 }

@@ -1,10 +1,11 @@
 //! Migration streams: who they belong to, and how fast they may go.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use mio::Interest;
 use mio::net::UnixListener;
+use mio::{Interest, Registry, Token};
 use rate_limiter::{Bytes, BytesPerSecond, Poll};
 use uuid::Uuid;
 
@@ -27,6 +28,24 @@ const MAX_STRANGERS: usize = 64;
 /// How often the speed of streams is measured.
 const MEASURE: Duration = Duration::from_millis(100);
 
+/// Listens on a unix socket of its own for this host's QEMU.
+///
+/// # Errors
+/// It cannot, for people.
+pub(super) fn listen(
+    registry: &Registry,
+    token: Token,
+    path: &Path,
+) -> Result<UnixListener, String> {
+    // What an earlier life left.
+    let _ = std::fs::remove_file(path);
+    let bound = UnixListener::bind(path).and_then(|mut listener| {
+        registry.register(&mut listener, token, Interest::READABLE)?;
+        Ok(listener)
+    });
+    bound.map_err(|error| format!("{} cannot be listened on: {error}", path.display()))
+}
+
 impl Daemon {
     pub(super) fn listen_for_qemu(&mut self, now: Now, key: HalfKey) {
         let token = self.token(Slot::Listener(key));
@@ -35,40 +54,36 @@ impl Daemon {
         };
         let half = &mut entry.run.halves[key.1];
         let path = halves::outgoing_path(&self.config.runtime_dir, &half.half().name);
-        // What an earlier life left.
-        let _ = std::fs::remove_file(&path);
-        let bound = UnixListener::bind(&path).and_then(|mut listener| {
-            self.poll
-                .registry()
-                .register(&mut listener, token, Interest::READABLE)?;
-            Ok(listener)
-        });
-        match bound {
+        match listen(self.poll.registry(), token, &path) {
             Ok(listener) => {
                 entry.io[key.1].listener = Some((token, listener, path.clone()));
                 if let Some(source) = half.source_mut() {
                     source.listening(now, &path.display().to_string());
                 }
             }
-            Err(error) => half.fail(&format!(
-                "{} cannot be listened on: {error}",
-                path.display()
-            )),
+            Err(error) => half.fail(&error),
         }
     }
 
-    pub(super) fn accept_qemu(&mut self, now: Now, key: HalfKey) {
+    /// Takes what QEMU connects: with its stream, or with the NBD clients of its disks.
+    pub(super) fn accept_qemu(&mut self, now: Now, key: HalfKey, is_disk: bool) {
         loop {
             let Some(entry) = self.runs.get_mut(&key.0) else {
                 return;
             };
-            let Some((_, listener, _)) = &mut entry.io[key.1].listener else {
+            let io = &mut entry.io[key.1];
+            let listener = if is_disk {
+                &mut io.disk_listener
+            } else {
+                &mut io.listener
+            };
+            let Some((_, listener, _)) = listener else {
                 return;
             };
             let Ok((socket, _)) = listener.accept() else {
                 return;
             };
-            if let Err(error) = self.open_channel(now, key, Socket::Unix(socket), false) {
+            if let Err(error) = self.open_channel(now, key, Socket::Unix(socket), is_disk) {
                 if let Some(entry) = self.runs.get_mut(&key.0) {
                     entry.run.halves[key.1].stream_failed(&error);
                 }
@@ -76,7 +91,7 @@ impl Daemon {
         }
     }
 
-    pub(super) fn open_channel(
+    fn open_channel(
         &mut self,
         now: Now,
         key: HalfKey,
