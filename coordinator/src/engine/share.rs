@@ -15,6 +15,8 @@ use crate::scheduler::allot::{Allotment, allot, bulk};
 const PACE_INTERVAL: Duration = Duration::from_millis(200);
 /// Shares are sent again when one has changed by more than this.
 const PACE_CHANGE: f64 = 0.05;
+/// The same in the bulk copy, whose VMs are to end together.
+const BULK_PACE_CHANGE: f64 = 0.01;
 /// Smallest weight sent: everybody gets something. Weights are shares in percent.
 const MIN_WEIGHT: f64 = 1.0;
 
@@ -52,11 +54,15 @@ impl GroupRun {
             .collect();
         self.unpark(now, &sent_on);
         let is_urgent = parked_any || !due.is_empty() || !sent_on.is_empty();
+        let least_change = match self.part {
+            Part::Bulk { .. } => BULK_PACE_CHANGE,
+            Part::Turn => PACE_CHANGE,
+        };
         if let (Some((at, last)), false) = (&self.paced, is_urgent) {
             let changed = last
                 .iter()
                 .zip(&rates)
-                .any(|(old, new)| (old - new).abs() > PACE_CHANGE * old.abs());
+                .any(|(old, new)| (old - new).abs() > least_change * old.abs());
             if !changed || now < *at + PACE_INTERVAL {
                 return;
             }
@@ -78,6 +84,13 @@ impl GroupRun {
         let all = capacity.rate(self.vms.len());
         let mut cuts = capacity.cuts.iter();
         cuts.any(|cut| cut.rate < all && index.is_some_and(|index| cut.members.contains(&index)))
+    }
+
+    /// Whether a VM has to be kept within its share: weights alone give what one cannot use at the
+    /// moment to others. Those of a bulk copy would not end together then; what one did not use
+    /// comes back to it with the next shares.
+    fn is_limited(&self, vm: &VmRun) -> bool {
+        matches!(self.part, Part::Bulk { waits_since: None }) || self.is_narrow(vm)
     }
 
     /// Sends `start` to these VMs.
@@ -124,12 +137,12 @@ impl GroupRun {
             for (vm, share) in self.vms.iter().zip(shares) {
                 if vm.member.from == host {
                     of_host += share;
-                    let is_narrow = self.is_narrow(vm);
+                    let is_limited = self.is_limited(vm);
                     let limit = match self.spec.parked {
                         _ if lift_limits => Some(0),
                         Some(parked) if vm.parked => Some(parked.0),
-                        _ if is_narrow && vm.held => Some(0),
-                        _ if is_narrow => Some(share.round().max(1.0) as u64),
+                        _ if is_limited && vm.held => Some(0),
+                        _ if is_limited => Some(share.round().max(1.0) as u64),
                         // It may have been parked.
                         Some(_) => Some(0),
                         None => None,

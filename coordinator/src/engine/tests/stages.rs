@@ -112,13 +112,16 @@ fn who_is_copied_first_is_parked_until_all_are() {
     s.prepared();
     let pace = last_pace(&s);
     assert_eq!(pace.vms["web"].weight, pace.vms["db"].weight);
-    assert_eq!(pace.vms["web"].bytes_per_s, Some(0));
+    // Each has its half, and not what the other one leaves.
+    let all = s.group.spec().capacity.rate(2).0;
+    assert_eq!(pace.vms["web"].bytes_per_s, Some(all / 2));
+    assert_eq!(pace.vms["db"].bytes_per_s, Some(all / 2));
     s.took();
     round_over(&mut s, "web");
     // At once, not when the next shares are due.
     let pace = last_pace(&s);
     assert_eq!(pace.vms["web"].bytes_per_s, Some(PARKED));
-    assert_eq!(pace.vms["db"].bytes_per_s, Some(0));
+    assert_eq!(pace.vms["db"].bytes_per_s, Some(all - PARKED));
     assert!(!s.group.has_copied() && !s.steps.contains(&Step::Copied));
     // Copied whole, with nothing left to send.
     held(&mut s, "db", MB);
