@@ -20,6 +20,8 @@ endif
 STOCK_QEMU ?= qemu-system-x86_64
 # Of the whole workspace, as it was built: for one package its features differ, and all is built again.
 REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release --workspace --test faults --test real_qemu
+# On the patched QEMU they run with everything else.
+SLOW_ON_ONE := --skip every_benchmark_runs
 
 .DEFAULT_GOAL := help
 .PHONY: demo test test-patched lint bench faults build qemu qemu-check qemu-base setup clean help
@@ -31,7 +33,7 @@ test: setup lint build qemu ## everything: lints, unit tests, stock and patched 
 	$(CARGO) test --locked --workspace --lib --bins
 	$(CARGO) test --locked --workspace --exclude muster-testbed --test '*'
 	$(CARGO) test --locked --workspace --doc
-	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS)
+	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS) -- $(SLOW_ON_ONE)
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 	MUSTER_QEMU=$(STOCK_QEMU) $(SUDO) scripts/protocol-test.sh
 

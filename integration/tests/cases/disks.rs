@@ -160,7 +160,12 @@ pub fn taken_back(accel: Accel) -> Result<()> {
         };
         let report = go(&lab, Policy::Muster, "a", "b", &mut fault)?;
         fault.sent.context("the step never came")??;
-        ensure!(report.result == Outcome::RolledBack, "{}", report.result);
+        ensure!(
+            report.result == Outcome::RolledBack,
+            "{}: {:?}",
+            report.result,
+            report.reason
+        );
         all_as_before(&lab, since)?;
     }
     let since = Micros::now();
@@ -215,7 +220,12 @@ pub fn hung(accel: Accel) -> Result<()> {
         });
         let report = report?;
         fault.sent.context("the step never came")??;
-        ensure!(report.result == Outcome::RolledBack, "{}", report.result);
+        ensure!(
+            report.result == Outcome::RolledBack,
+            "{}: {:?}",
+            report.result,
+            report.reason
+        );
         let silence = silence.map_err(|_| anyhow::anyhow!("the watcher ended"))??;
         ensure!(
             silence < Duration::from_millis(longest_ms),

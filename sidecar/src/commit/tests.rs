@@ -636,16 +636,36 @@ fn no_interleaving_runs_a_vm_twice_or_nowhere() {
     let limit = std::env::var("MUSTER_MODEL_FAULTS").map_or(1, |text| {
         text.parse().expect("MUSTER_MODEL_FAULTS is a number")
     });
-    let mut seen = HashSet::from([start()]);
-    let mut stack = vec![start()];
-    while let Some(world) = stack.pop() {
-        world.check_now();
-        world.check_settles();
-        for next in world.successors() {
-            if next.faults() <= limit && seen.insert(next) {
-                stack.push(next);
-            }
+    let explore = |worlds: &[World]| {
+        let mut found = Vec::new();
+        for world in worlds {
+            world.check_now();
+            world.check_settles();
+            found.extend(
+                world
+                    .successors()
+                    .into_iter()
+                    .filter(|next| next.faults() <= limit),
+            );
         }
+        found
+    };
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut seen = HashSet::from([start()]);
+    let mut level = vec![start()];
+    while !level.is_empty() {
+        let parts = level.chunks(level.len().div_ceil(workers));
+        let found = std::thread::scope(|scope| {
+            let parts: Vec<_> = parts.map(|part| scope.spawn(|| explore(part))).collect();
+            let found = parts
+                .into_iter()
+                .flat_map(|part| part.join().expect("a world is wrong"));
+            found.collect::<Vec<World>>()
+        });
+        level = found
+            .into_iter()
+            .filter(|next| seen.insert(*next))
+            .collect();
     }
     println!("{} states", seen.len());
     assert!(
