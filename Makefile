@@ -18,27 +18,31 @@ ifneq ($(wildcard $(BASE_QEMU)),)
 export MUSTER_BASE_QEMU ?= $(BASE_QEMU)
 endif
 STOCK_QEMU ?= qemu-system-x86_64
-# Of the whole workspace, as it was built: for one package its features differ, and all is built again.
-REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release --workspace --test faults --test real_qemu
+# Built once, for all tests. Of the whole workspace: for one package its features differ, and all is built again.
+CHECKED := $(CARGO) test --locked --profile checked --workspace
+REAL_QEMU_TESTS := $(AS_ROOT) $(CHECKED) --test faults --test real_qemu
 # On the patched QEMU they run with everything else.
 SLOW_ON_ONE := --skip every_benchmark_runs
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-patched lint bench faults build qemu qemu-check qemu-base setup clean help
+.PHONY: demo test test-patched lint bench faults build build-checked qemu qemu-check qemu-base setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
 
-test: setup lint build qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol
-	$(CARGO) test --locked --workspace --lib --bins
-	$(CARGO) test --locked --workspace --exclude muster-testbed --test '*'
-	$(CARGO) test --locked --workspace --doc
+test: setup lint build-checked qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol
+	$(CHECKED) --lib --bins
+	$(CHECKED) --exclude muster-testbed --test '*'
+	$(CHECKED) --doc
 	MUSTER_QEMU=$(STOCK_QEMU) $(REAL_QEMU_TESTS) -- $(SLOW_ON_ONE)
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
-	MUSTER_QEMU=$(STOCK_QEMU) $(SUDO) scripts/protocol-test.sh
+	MUSTER_QEMU=$(STOCK_QEMU) MUSTER_SIDECAR=$(abspath $(TARGET))/checked/muster-sidecar $(SUDO) scripts/protocol-test.sh
 
-test-patched: build qemu ## only the tests with real QEMU, on the patched one
+test-patched: build-checked qemu ## only the tests with real QEMU, on the patched one
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
+
+build-checked: setup
+	$(CARGO) build --locked --profile checked --workspace
 
 lint: ## formatting, clippy and documentation, warnings as errors
 	$(CARGO) fmt --all --check
