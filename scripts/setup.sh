@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs what Muster's testbed needs on Debian 12 and 13: QEMU 8.1 or newer, iproute2, procps,
+# Installs what Muster's testbed needs on Debian 12 and 13: QEMU 8.1 or newer, qemu-utils, iproute2, procps,
 # Python with venv, and a C linker for Rust; with argument `qemu`, what building the patched QEMU
 # needs as well. Does nothing, and needs no root, when all is there.
 set -euo pipefail
@@ -38,6 +38,7 @@ missing() {
     PATH=$PATH:/usr/sbin:/sbin
     command -v ip >/dev/null && command -v tc >/dev/null || echo iproute2
     command -v ps >/dev/null || echo procps
+    command -v qemu-img >/dev/null && command -v qemu-io >/dev/null || echo qemu-utils
     command -v python3 >/dev/null || echo python3
     python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv
     command -v cc >/dev/null || echo gcc

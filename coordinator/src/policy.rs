@@ -105,9 +105,27 @@ pub fn plan(app: &Application, policy: Policy) -> Result<Plan, CannotRun> {
             concurrency: Concurrency::TwoStages,
             ..by_scheduler(app, policy, Scheme::Delayed)?
         },
-        Policy::Muster => by_scheduler(app, policy, Scheme::Together)?,
+        Policy::Muster => {
+            let plan = by_scheduler(app, policy, Scheme::Together)?;
+            // While disks are copied, memory only gets dirty again.
+            let concurrency = match has_disks(app) {
+                true => Concurrency::TwoStages,
+                false => plan.concurrency,
+            };
+            Plan {
+                concurrency,
+                ..plan
+            }
+        }
     };
     Ok(plan)
+}
+
+/// Whether local disks move. What is written to them until a VM is paused has to follow, so VMs are
+/// held then, whatever the policy; by the baselines each by itself.
+#[must_use]
+pub fn has_disks(app: &Application) -> bool {
+    app.vms.iter().any(|vm| !vm.disks.is_empty())
 }
 
 fn each_alone(app: &Application, concurrency: Concurrency) -> Plan {
@@ -118,7 +136,7 @@ fn each_alone(app: &Application, concurrency: Concurrency) -> Plan {
     Plan {
         groups: app.vm_ids().map(alone).collect(),
         concurrency,
-        hold: false,
+        hold: has_disks(app),
         notes: Vec::new(),
     }
 }
@@ -181,6 +199,8 @@ fn by_scheduler(app: &Application, policy: Policy, scheme: Scheme) -> Result<Pla
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use sidecar::protocol::types::{Chain, CopyMode};
 
     use super::*;
 
@@ -279,6 +299,23 @@ mod tests {
         let found = plan(&hot, Policy::Muster).expect("a plan");
         assert_eq!(sizes(&found), [2]);
         assert!(found.notes[0].contains("db"), "{:?}", found.notes);
+    }
+
+    #[test]
+    fn local_disks_are_copied_in_a_stage_of_their_own() {
+        let mut app = app("", &[("web", None), ("db", None)]);
+        app.vms[0].disks = vec![crate::application::Disk {
+            node: "disk0".into(),
+            copy_mode: CopyMode::Background,
+            chain: Chain::Flatten,
+        }];
+        let found = plan(&app, Policy::Muster).expect("a plan");
+        assert_eq!(found.concurrency, Concurrency::TwoStages);
+        for policy in Policy::ALL {
+            assert!(plan(&app, policy).expect("a plan").hold, "{policy}");
+        }
+        let alone = plan(&app, Policy::Parallel).expect("a plan");
+        assert_eq!(sizes(&alone), [1, 1]);
     }
 
     #[test]

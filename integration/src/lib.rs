@@ -12,6 +12,7 @@ pub mod lab;
 pub mod memory;
 pub mod net;
 pub mod process;
+pub mod proof;
 pub mod qemu;
 pub mod qmp;
 pub mod signals;

@@ -15,6 +15,7 @@ use testbed::guest::{GuestSpec, check};
 use testbed::memory::GuestRam;
 use testbed::net::{Network, throughput};
 use testbed::process::Isolation;
+use testbed::proof::{self, ProofOptions};
 use testbed::qemu::{AccelChoice, Launch, Role, accel};
 use testbed::signals::{Interrupt, Interrupted};
 use testbed::ticks::Collector;
@@ -50,6 +51,8 @@ enum Subcommands {
     Bench(BenchOptions),
     /// Plays the table of faults: signals to every process in every phase of a move.
     Faults(FaultOptions),
+    /// Proves that local disks lose no write: committed moves, and moves that are taken back.
+    Disks(ProofOptions),
     /// The coordinator of a cell of that table.
     #[command(hide = true)]
     FaultsCoordinate {
@@ -91,6 +94,7 @@ fn run(command: Subcommands) -> Result<()> {
         Subcommands::Demo(options) => demo::demo(&options, &interrupt),
         Subcommands::Bench(options) => bench::bench(&options, &interrupt),
         Subcommands::Faults(options) => faults::faults(&options, &interrupt),
+        Subcommands::Disks(options) => proof::disks(&options, &interrupt),
         Subcommands::FaultsCoordinate { file, socket } => {
             // Its exit code is told over the socket.
             steer::coordinate(&file, &socket).map(|_| ())

@@ -115,6 +115,11 @@ pub struct DiskConfig {
     /// An image that is there already is written over; else it is refused.
     #[serde(default)]
     pub reuse: bool,
+    /// The backing file of a qcow2 image, for disks whose chain is kept.
+    pub backing: Option<PathBuf>,
+    /// What kind of image that is.
+    #[serde(default)]
+    pub backing_format: ImageFormat,
 }
 
 /// Kinds of images that can be made.
@@ -126,6 +131,17 @@ pub enum ImageFormat {
     Raw,
     /// QEMU's own.
     Qcow2,
+}
+
+impl ImageFormat {
+    /// QEMU's name for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 fn default_state_dir() -> PathBuf {
@@ -265,6 +281,14 @@ impl Config {
                 }
                 if vm.disks[..index].iter().any(|other| other.node == *node) {
                     problems.push(format!("VM `{name}`: disk `{node}` is there twice"));
+                }
+                if let Some(backing) = &disk.backing {
+                    if disk.format != ImageFormat::Qcow2 || !backing.is_absolute() {
+                        problems.push(format!(
+                            "VM `{name}`, disk `{node}`: `backing` must be an absolute path, and \
+                             `format` must be \"qcow2\""
+                        ));
+                    }
                 }
                 if !disk.image.is_absolute() {
                     problems.push(format!(

@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use rate_limiter::{Bytes, BytesPerSecond};
 use sidecar::protocol::command::Termination;
-use sidecar::protocol::types::CopyMode;
+use sidecar::protocol::types::{Chain, CopyMode};
 use uuid::Uuid;
 
 use crate::capacity::Allowance;
@@ -157,6 +157,8 @@ pub struct Disk {
     pub node: String,
     /// How the guest's writes follow its copy.
     pub copy_mode: CopyMode,
+    /// What of it is copied, where it has a backing file.
+    pub chain: Chain,
 }
 
 /// What is known of a VM's load: what the file says, and what was measured where it says nothing. The

@@ -45,6 +45,7 @@ impl GroupRun {
             | Event::Armed { vm, .. }
             | Event::Stopped { vm, .. }
             | Event::Switching { vm }
+            | Event::DisksCopied { vm, .. }
             | Event::Throttled { vm, .. } => {
                 if let Some(index) = self.index_at(vm, Role::Source, host) {
                     self.source_event(now, index, at_us, &envelope.event);
@@ -190,6 +191,14 @@ impl GroupRun {
         }
         match event {
             Event::Round { round, .. } => vm.add_round(*round),
+            Event::DisksCopied {
+                remaining_bytes, ..
+            } => {
+                vm.disks_copied = true;
+                vm.disks_left_bytes = *remaining_bytes;
+                let vm = vm.member.name.clone();
+                self.step(Step::DisksCopied { vm });
+            }
             Event::Held {
                 reason,
                 remaining_bytes,

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use rate_limiter::BytesPerSecond;
 use sidecar::protocol::types::{
-    HoldReason, Phase, PhaseEntry, QemuBuild, Role, RoundReport, Side, VmReport,
+    CopyMode, DiskReport, HoldReason, Phase, PhaseEntry, QemuBuild, Role, RoundReport, Side,
+    VmReport,
 };
 
 use super::Member;
@@ -49,6 +50,13 @@ pub(super) struct VmRun {
     pub stream: Option<String>,
     /// Whether `start` was sent.
     pub started: bool,
+    /// Whether its memory follows its disks: `start` was sent for more than the disks.
+    pub memory_started: bool,
+    /// Every disk that moves with it was copied once.
+    pub disks_copied: bool,
+    /// What its disks have left, and how fast its guest writes to them.
+    pub disks_left_bytes: u64,
+    pub disk_rate_bytes_per_s: u64,
     /// Copied once; what follows waits for stage two.
     pub parked: bool,
     /// It was held while it was parked, and has to catch up.
@@ -113,7 +121,12 @@ pub struct VmProgress {
 
 impl VmRun {
     pub(super) fn new(member: Member) -> Self {
+        let sizes = member.disks.iter().map(|disk| disk.size_bytes);
         Self {
+            disks_left_bytes: sizes.fold(0, u64::saturating_add),
+            disk_rate_bytes_per_s: 0,
+            memory_started: false,
+            disks_copied: false,
             member,
             source: Half::default(),
             destination: Half::default(),
@@ -146,6 +159,17 @@ impl VmRun {
             resumed_at_us: None,
             error: None,
         }
+    }
+
+    /// Whether local disks move with it.
+    pub(super) fn has_disks(&self) -> bool {
+        !self.member.disks.is_empty()
+    }
+
+    /// Whether its guest's writes wait for the copy of a disk.
+    pub(super) fn is_write_blocking(&self) -> bool {
+        let mut disks = self.member.disks.iter();
+        disks.any(|disk| disk.copy_mode == CopyMode::WriteBlocking)
     }
 
     pub(super) fn half(&mut self, role: Role) -> &mut Half {
@@ -244,6 +268,12 @@ impl VmRun {
         self.memory_bytes = self.memory_bytes.max(report.total_bytes);
         self.round = report.round;
         self.rate_bytes_per_s = report.rate_bytes_per_s;
+        if !report.disks.is_empty() {
+            let sum = |value: fn(&DiskReport) -> u64| report.disks.iter().map(value).sum();
+            self.disks_left_bytes = sum(|disk| disk.remaining_bytes);
+            self.disk_rate_bytes_per_s = sum(|disk| disk.dirty_rate_bytes_per_s);
+            self.disks_copied |= report.disks.iter().all(|disk| disk.ready);
+        }
         self.throttle_percent = report.throttle_percent;
         if !self.stopped {
             self.remaining_bytes = report.remaining_bytes;

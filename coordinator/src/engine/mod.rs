@@ -156,7 +156,12 @@ pub enum Step {
         /// Their names.
         vms: Vec<String>,
     },
-    /// Every VM's memory was copied once: the group waits for its turn.
+    /// Every local disk of a VM was copied once.
+    DisksCopied {
+        /// Its name.
+        vm: String,
+    },
+    /// Every VM's disks, or memory where it has none, were copied once: the group waits for its turn.
     Copied,
     /// Its turn has come.
     Turn,
@@ -230,6 +235,7 @@ impl fmt::Display for Step {
             Self::Prepared => write!(f, "both sides are ready"),
             Self::Started => write!(f, "pre-copy has begun"),
             Self::StartedLater { vms } => write!(f, "pre-copy of {} has begun", vms.join(", ")),
+            Self::DisksCopied { vm } => write!(f, "the disks of {vm} are copied once"),
             Self::Copied => write!(f, "everything is copied once: waiting for stage two"),
             Self::Turn => write!(f, "stage two: what was dirtied meanwhile is sent"),
             Self::AllHeld => write!(f, "every VM is held in wait-and-copy"),

@@ -18,7 +18,7 @@ use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
 use crate::client::Client;
-use crate::policy::{CannotRun, can_run, plan};
+use crate::policy::{CannotRun, can_run, has_disks, plan};
 use crate::status::{self, SidecarStatus};
 use crate::survey::Wanted;
 
@@ -165,7 +165,8 @@ pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     }
     judge_hosts(app, facts, &mut verdict);
     for id in app.vm_ids() {
-        judge_vm(app, policy.holds(), facts, id, &mut verdict);
+        let hold = policy.holds() || has_disks(app);
+        judge_vm(app, hold, facts, id, &mut verdict);
     }
     judge_memory(app, facts, &mut verdict);
     verdict
@@ -294,7 +295,7 @@ fn judge_vm(app: &Application, hold: bool, facts: &Facts, id: VmId, verdict: &mu
         Some(Ok(host)) => host.vms.iter().find(|entry| entry.vm == vm.name),
         _ => None,
     };
-    disks::judge(app, hold, info, there, id, verdict);
+    disks::judge(app, info, there, id, verdict);
     let found = transport::Found {
         source: info.qemu_build,
         destination: there.and_then(|entry| entry.incoming_build),

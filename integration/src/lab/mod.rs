@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::guest::GuestSpec;
 use crate::net::{NetError, Network};
-use crate::process::{Process, ProcessError};
+use crate::process::{PidFd, Process, ProcessError};
 use crate::qemu::{Accel, Launch, Qemu, QemuError, Role};
 use crate::qmp::{Qmp, QmpError};
 use crate::signals::{Interrupt, Interrupted};
@@ -352,6 +352,26 @@ impl Lab {
     /// There is no such guest.
     pub fn image(&self, guest: &str, host: &str) -> Result<PathBuf, LabError> {
         Ok(self.launch(guest, host)?.image.clone())
+    }
+
+    /// The process of a guest's QEMU on a host, whoever has started it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn qemu(&self, guest: &str, host: &str) -> Result<PidFd, LabError> {
+        for pid in self.network.host(host)?.processes() {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0);
+            if words.any(|word| word == b"-name") && words.next() == Some(guest.as_bytes()) {
+                if let Ok(process) = PidFd::open(pid) {
+                    return Ok(process);
+                }
+            }
+        }
+        Err(LabError::Missing {
+            program: format!("a QEMU of {guest}"),
+            looked: format!("host {host}"),
+        })
     }
 
     /// The guest's specification.

@@ -5,6 +5,7 @@ mod comma;
 mod commands;
 mod direct;
 mod dirty_log;
+mod disk_faults;
 mod disks;
 mod groups;
 mod guests;
@@ -49,6 +50,13 @@ pub const GUEST_CASES: &[(&str, GuestCase)] = &[
     (
         "a_hung_destination_does_not_stop_a_guests_disk",
         disks::hung,
+    ),
+    ("every_kind_of_disk_moves", disks::every_kind),
+    ("a_disk_whose_connection_is_cut_stays", disk_faults::cut),
+    ("a_disk_that_finds_no_room_stays", disk_faults::full),
+    (
+        "an_image_in_use_at_the_destination_is_named",
+        disk_faults::locked,
     ),
     ("every_policy_moves_every_vm", groups::every_policy),
     ("several_channels_carry_a_group", groups::several_channels),
@@ -109,6 +117,12 @@ pub const PATCHED_CASES: &[(&str, GuestCase)] = &[
         dirty_log::migrating,
     ),
 ];
+
+/// The same, too costly to be run twice: under KVM only.
+pub const PATCHED_KVM_CASES: &[(&str, GuestCase)] = &[(
+    "no_write_is_lost_by_five_moves_and_five_that_are_taken_back",
+    disk_faults::nothing_is_lost,
+)];
 
 pub const OTHER_CASES: &[(&str, OtherCase)] = &[
     ("an_accelerator_is_chosen_by_trying", guests::accelerator),

@@ -403,7 +403,9 @@ impl Daemon {
         self.yield_monitor(now, &vm.vm);
         let qmp = self.config.qmp_path(&vm.vm);
         let incoming = self.incoming_path(&vm.vm);
-        let adopt = self.config.vm(&vm.vm).is_some_and(|config| config.adopt);
+        let config = self.config.vm(&vm.vm);
+        let adopt = config.is_some_and(|config| config.adopt);
+        let images = config.map_or_else(Vec::new, |config| config.disks.clone());
         let stream_address = self.stream_address.clone();
         let Some(entry) = self.runs.get_mut(&args.run) else {
             return Ok(false);
@@ -440,6 +442,7 @@ impl Daemon {
                     incoming_path: incoming.display().to_string(),
                     spawn: !adopt,
                     disks: vm.disks.clone(),
+                    images,
                     nbd_path: incoming.with_extension("nbd").display().to_string(),
                 },
             ))),
@@ -484,7 +487,7 @@ impl Daemon {
             self.set_peer((args.run, index), address);
             let entry = self.runs.get_mut(&args.run);
             if let Some(source) = entry.and_then(|entry| entry.run.halves[index].source_mut()) {
-                source.start(now);
+                source.start(now, args.disks_only);
             }
         }
         Ok(json!({}))

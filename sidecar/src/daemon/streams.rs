@@ -371,6 +371,7 @@ impl Daemon {
             Step::Finished if channel.is_disk => self.disk_ended(now, id),
             Step::Finished => self.drop_channel(id),
             Step::Broken(error) => self.break_channel(id, &error),
+            Step::Dropped => self.disk_dropped(id),
         }
         if let Some(key) = half {
             self.update_backlog(key);

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::dirty::{DirtyStartArgs, DirtyVmArgs};
 use super::probe::{ProbeArgs, ProbeListenArgs};
-use super::types::{CopyMode, RecordValue, Role, Transport};
+use super::types::{Chain, CopyMode, RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -97,6 +97,12 @@ pub struct PrepareDisk {
     /// How the guest's writes follow.
     #[serde(default, skip_serializing_if = "is_background")]
     pub copy_mode: CopyMode,
+    /// What of it is copied, where it has a backing file.
+    #[serde(default, skip_serializing_if = "is_flatten")]
+    pub chain: Chain,
+    /// The guest cannot write to it: it is copied once.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
 }
 
 /// Bounds of intelligent pre-copy termination (VMbuddies 4.2).
@@ -151,6 +157,10 @@ pub struct StartArgs {
     pub epoch: u64,
     /// VM name → stream address of its destination's sidecar (from PREPARED there).
     pub vms: BTreeMap<String, String>,
+    /// Copy the local disks only, and hold their mirrors back when they are complete; `start` without
+    /// it lets what was written since, and the memory, follow. Since 1.4.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
 }
 
 /// `pace`: limits and weights, effective at once, also during a round.
@@ -307,6 +317,10 @@ fn is_default_disk_stall(ms: &u64) -> bool {
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_flatten(chain: &Chain) -> bool {
+    *chain == Chain::Flatten
+}
+
 fn is_background(mode: &CopyMode) -> bool {
     *mode == CopyMode::Background
 }

@@ -20,6 +20,8 @@ pub struct Qemu {
     pub commands: Vec<String>,
     /// It does not answer any more.
     pub hung: bool,
+    /// What all dirty bitmaps of its disks hold.
+    pub written: u64,
     /// Its disks: block node and size.
     pub disks: Vec<(String, u64)>,
     /// Mirror jobs: offset and length.
@@ -77,6 +79,7 @@ impl Qemu {
             dirty_pages_per_s: 0,
             commands: Vec::new(),
             hung: false,
+            written: 0,
             disks: Vec::new(),
             jobs: BTreeMap::new(),
             targets: Vec::new(),
@@ -212,9 +215,13 @@ impl Qemu {
         match name {
             "query-named-block-nodes" => {
                 let node = |(name, size): &(String, u64)| {
+                    let bitmap = |name: &str| json!({ "name": name, "count": self.written });
                     json!({
                         "node-name": name, "drv": "raw", "ro": false,
                         "image": { "virtual-size": size },
+                        "dirty-bitmaps": [
+                            bitmap("muster-rate"), bitmap("muster-set"), { "count": self.written }
+                        ],
                     })
                 };
                 return Ok(self.disks.iter().map(node).collect());

@@ -69,6 +69,7 @@ impl World {
             incoming_path: "/run/db.in".into(),
             spawn: true,
             disks: Vec::new(),
+            images: Vec::new(),
             nbd_path: "/run/db.nbd".into(),
         };
         let make = |now| {
@@ -243,7 +244,7 @@ impl World {
             return;
         }
         let now = self.now;
-        self.src().start(now);
+        self.src().start(now, false);
         self.pass(Duration::from_millis(200));
         if phase == Phase::Precopy {
             return;

@@ -186,6 +186,8 @@ pub struct Source {
     mirrors: Mirrors,
     /// Every disk is mirrored, and the stream of the memory was asked for.
     stream_opened: bool,
+    /// DISKS_COPIED was told.
+    disks_copied: bool,
     /// `continue` was commanded, and the mirrors copy their rest.
     draining: bool,
     /// The VM is paused, this much memory remains; how much of the disks is being asked.
@@ -239,6 +241,7 @@ impl Source {
             reconnect_at: None,
             mirrors: Mirrors::new(&[]),
             stream_opened: false,
+            disks_copied: false,
             draining: false,
             pausing: None,
         }
@@ -342,7 +345,7 @@ impl Source {
             report.remaining_bytes = self.left_bytes(sample.remaining_bytes);
             report.dirty_rate_bytes_per_s = sample.dirty_rate_bytes_per_s;
         }
-        if self.last.is_none() && self.mirrors.left_bytes() > 0 {
+        if self.last.is_none() && self.half.phase() == Phase::Precopy && !self.mirrors.is_empty() {
             report.remaining_bytes = self.left_bytes(report.total_bytes);
         }
         if let Some(rounds) = &self.rounds {

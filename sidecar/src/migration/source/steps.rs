@@ -17,11 +17,18 @@ use crate::protocol::types::{HoldReason, Phase, Transport};
 
 impl Source {
     /// `start`: begins pre-copy.
-    pub fn start(&mut self, _now: Now) {
+    pub fn start(&mut self, now: Now, disks_only: bool) {
         if self.started {
+            if !disks_only && !self.wants_out {
+                self.mirrors.send_on(now.mono);
+                self.drive_disks(now);
+            }
             return;
         }
         self.started = true;
+        if disks_only {
+            self.mirrors.hold_back();
+        }
         self.note_released = !self.settings.hold;
         self.after_note = Some(AfterNote::Start);
         self.half.put(Output::SaveNote);
