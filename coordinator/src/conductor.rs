@@ -416,6 +416,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 machine: self.machines.get(&id).cloned(),
                 transport: self.transports.get(&id).copied().unwrap_or_default(),
                 disks: self.disks.get(&id).cloned().unwrap_or_default(),
+                min_write_rate: app.vm(id).min_write_rate,
                 profile: app.vm(id).profile,
             })
             .collect();

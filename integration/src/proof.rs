@@ -190,6 +190,7 @@ fn spec(accel: Accel) -> Result<LabSpec> {
             rate: BytesPerSecond(rate),
             write_blocking,
             format: ImageFormat::Raw,
+            least: None,
         });
         Ok(guest)
     };

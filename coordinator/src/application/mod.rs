@@ -146,6 +146,8 @@ pub struct Vm {
     pub transport: Option<TransportChoice>,
     /// Local disks that move with it; its other disks are on both hosts already.
     pub disks: Vec<Disk>,
+    /// Where they are not copied otherwise, its guest may be slowed to so many bytes per second to each.
+    pub min_write_rate: Option<BytesPerSecond>,
     /// What is known of its memory and disk, for the planner.
     pub profile: VmProfile,
 }

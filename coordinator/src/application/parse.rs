@@ -262,12 +262,21 @@ fn read_vms(
         }
         let transport = settings::read_transport(&mut reader, problems);
         let disks = disks::read_disks(&mut reader, problems);
+        let min_write_rate = positive_rate(&mut reader, problems, "min-write-rate");
+        if min_write_rate.is_some() && disks.is_empty() {
+            let text = format!(
+                "`min-write-rate` in {} is about its `disks`: it has none",
+                reader.name
+            );
+            problems.at(&reader.span, text);
+        }
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
         vms.push(DraftVm {
             uuid,
             transport,
             disks,
+            min_write_rate,
             known: OutlineVm {
                 name,
                 tier,

@@ -44,6 +44,7 @@ impl GroupRun {
 
     /// Goes as far as what is known allows.
     pub(super) fn advance(&mut self, now: Duration) {
+        self.look_at_disks(now);
         match self.stage {
             Stage::Preparing
                 if self

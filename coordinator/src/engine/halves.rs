@@ -57,6 +57,10 @@ pub(super) struct VmRun {
     /// What its disks have left, and how fast its guest writes to them.
     pub disks_left_bytes: u64,
     pub disk_rate_bytes_per_s: u64,
+    /// Since when its guest writes to its disks nearly as fast as they are copied, and how it was
+    /// slowed.
+    pub hot_since: Option<Duration>,
+    pub disk_limit_bytes_per_s: Option<u64>,
     /// Copied once; what follows waits for stage two.
     pub parked: bool,
     /// It was held while it was parked, and has to catch up.
@@ -125,6 +129,8 @@ impl VmRun {
         Self {
             disks_left_bytes: sizes.fold(0, u64::saturating_add),
             disk_rate_bytes_per_s: 0,
+            hot_since: None,
+            disk_limit_bytes_per_s: None,
             memory_started: false,
             disks_copied: false,
             member,

@@ -22,6 +22,7 @@
 //!   (`stages.rs`) waits without one for its turn: that comes when those before it have ended.
 
 mod advance;
+mod brake;
 mod events;
 mod group;
 mod halves;
@@ -97,6 +98,8 @@ pub struct Member {
     pub transport: Transport,
     /// Local disks that move with it.
     pub disks: Vec<PrepareDisk>,
+    /// Its guest's writes to each of them may be slowed to this.
+    pub min_write_rate: Option<BytesPerSecond>,
     /// What is known of its load beforehand.
     pub profile: VmProfile,
 }
@@ -184,6 +187,13 @@ pub enum Step {
         /// In percent.
         percent: u8,
     },
+    /// A guest's writes to its disks are slowed because these do not get copied.
+    DisksThrottled {
+        /// The VM.
+        vm: String,
+        /// To each disk, in bytes per second.
+        bytes_per_s: u64,
+    },
     /// `release` was sent.
     Released {
         /// Σ remaining / bandwidth just before.
@@ -254,6 +264,11 @@ impl fmt::Display for Step {
                 )
             }
             Self::Throttled { vm, percent } => write!(f, "vCPUs of {vm} slowed by {percent} %"),
+            Self::DisksThrottled { vm, bytes_per_s } => write!(
+                f,
+                "writes of {vm} to each of its disks slowed to {}",
+                BytesPerSecond(*bytes_per_s)
+            ),
             Self::Released { predicted } => {
                 write!(f, "released, {:.0} ms expected", ms(predicted))
             }

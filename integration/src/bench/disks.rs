@@ -42,6 +42,7 @@ fn disk(size_mib: u64, rate: u64) -> DiskSpec {
         rate: BytesPerSecond(rate),
         write_blocking: false,
         format: ImageFormat::Raw,
+        least: None,
     }
 }
 

@@ -126,6 +126,7 @@ mod tests {
             rate: rate_limiter::BytesPerSecond(1_000_000),
             write_blocking: false,
             format: sidecar::config::ImageFormat::Raw,
+            least: None,
         });
         let params = spec.params().unwrap();
         let directory = tempfile::tempdir().unwrap();

@@ -73,6 +73,8 @@ pub struct DiskSpec {
     pub write_blocking: bool,
     /// What kind of image it lies in.
     pub format: ImageFormat,
+    /// Down to where the guest's writes may be slowed when it moves.
+    pub least: Option<BytesPerSecond>,
 }
 
 /// A disk that the guest has and does not write.

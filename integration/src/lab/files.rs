@@ -125,6 +125,9 @@ impl Lab {
                 quoted(to)
             );
             text += &profile(guest);
+            if let Some(least) = guest.disk.and_then(|disk| disk.least) {
+                let _ = writeln!(text, "min-write-rate = \"{}B/s\"", least.0);
+            }
             if let Some(disk) = guest.disk {
                 let mode = if disk.write_blocking {
                     CopyMode::WriteBlocking

@@ -39,6 +39,7 @@ pub fn with_disks(accel: Accel) -> Result<LabSpec> {
             rate: BytesPerSecond(rate),
             write_blocking,
             format: ImageFormat::Raw,
+            least: None,
         });
     }
     Ok(spec)
@@ -229,5 +230,48 @@ pub fn hung(accel: Accel) -> Result<()> {
         silence.at_most(Duration::from_millis(longest_ms))?;
         all_as_before(&lab, since)?;
     }
+    Ok(())
+}
+
+/// Sees whether a guest's writes are slowed.
+#[derive(Default)]
+struct Slowed(Vec<u64>);
+
+impl Observer for Slowed {
+    fn step(&mut self, _group: &GroupName, step: &Step) {
+        if let Step::DisksThrottled { bytes_per_s, .. } = step {
+            self.0.push(*bytes_per_s);
+        }
+    }
+}
+
+/// A guest that writes faster than the link carries: slowed until its disk is copied, and not after.
+pub fn slowed(accel: Accel) -> Result<()> {
+    let mut spec = spec(accel, &["db:16MiB:100kB/s:1MiB"])?;
+    spec.link = BytesPerSecond(3_000_000);
+    spec.traffic.clear();
+    spec.guests[0].disk = Some(DiskSpec {
+        size: Bytes(4 << 20),
+        rate: BytesPerSecond(4_000_000),
+        write_blocking: false,
+        format: ImageFormat::Raw,
+        least: Some(BytesPerSecond(500_000)),
+    });
+    let lab = lab(spec)?;
+    let since = Micros::now();
+    let mut seen = Slowed::default();
+    let report = go(&lab, Policy::Muster, "a", "b", &mut seen)?;
+    ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+    ensure!(!seen.0.is_empty(), "it was not slowed");
+    ensure!(seen.0.iter().all(|rate| *rate >= 500_000), "{:?}", seen.0);
+    check_all(&lab, "b", since)?;
+    let (before, begun) = (writes(&lab, "db", "b")?, Instant::now());
+    std::thread::sleep(Duration::from_secs(1));
+    let blocks = f64::from(writes(&lab, "db", "b")? - before);
+    let rate = blocks * 4096.0 / begun.elapsed().as_secs_f64();
+    ensure!(
+        rate > 2_000_000.0,
+        "it writes only {rate:.0} B/s after the move"
+    );
     Ok(())
 }

@@ -93,6 +93,10 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
         groups::lll_by_dirty_rate,
     ),
     (
+        "a_guest_that_writes_too_fast_to_its_disk_is_slowed",
+        disks::slowed,
+    ),
+    (
         "a_hot_vm_is_ended_by_the_rule_that_was_chosen",
         groups::ended_by_rule,
     ),

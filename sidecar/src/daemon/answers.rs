@@ -187,6 +187,7 @@ fn schema() -> Value {
             command::<c::RunArgs>("abort", true),
             command::<c::FinishArgs>("finish", false),
             command::<c::ThrottleArgs>("throttle", false),
+            command::<c::ThrottleDisksArgs>("throttle-disks", false),
             command::<c::VmArgs>("yank", true),
             command::<c::RunArgs>("keep-alive", false),
             command::<c::ReportIntervalArgs>("set-report-interval", false),

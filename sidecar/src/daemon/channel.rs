@@ -289,6 +289,13 @@ impl Channel {
                         idle = false;
                     }
                     Moved::Blocked | Moved::End => qemu.writable = false,
+                    // Its NBD server has closed: nobody reads this any more.
+                    Moved::Broken(_) if self.is_disk => {
+                        let n = self.to_qemu.len();
+                        self.to_qemu.consume(n);
+                        self.from_qemu.end();
+                        break;
+                    }
                     Moved::Broken(error) => return broken("the incoming QEMU", &error),
                 }
             }

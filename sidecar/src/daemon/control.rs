@@ -201,6 +201,14 @@ impl Daemon {
                 });
                 found.and_then(|value| result.map(|()| value).map_err(CommandError::generic))
             }
+            Command::ThrottleDisks(args) => {
+                let vm = VmArgs {
+                    run: args.run,
+                    epoch: args.epoch,
+                    vm: args.vm,
+                };
+                self.with_source(&vm, |source| source.throttle_disks(now, args.bytes_per_s))
+            }
             Command::Throttle(args) => {
                 if args.percent > 99 {
                     return refuse("`percent` is 0 to 99");

@@ -162,6 +162,7 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "abort" => with!(Abort),
         "finish" => with!(Finish),
         "throttle" => with!(Throttle),
+        "throttle-disks" => with!(ThrottleDisks),
         "yank" => with!(Yank),
         "keep-alive" => with!(KeepAlive),
         "set-report-interval" => with!(SetReportInterval),
@@ -207,6 +208,7 @@ impl Command {
             Self::Abort(_) => "abort",
             Self::Finish(_) => "finish",
             Self::Throttle(_) => "throttle",
+            Self::ThrottleDisks(_) => "throttle-disks",
             Self::Yank(_) => "yank",
             Self::KeepAlive(_) => "keep-alive",
             Self::SetReportInterval(_) => "set-report-interval",
@@ -236,6 +238,7 @@ impl Command {
             Self::Hold(a) | Self::Yank(a) => (a.run, a.epoch),
             Self::Finish(a) => (a.run, a.epoch),
             Self::Throttle(a) => (a.run, a.epoch),
+            Self::ThrottleDisks(a) => (a.run, a.epoch),
             Self::SetReportInterval(a) => (a.run, a.epoch),
             Self::Arm(a)
             | Self::Disarm(a)
@@ -280,6 +283,7 @@ impl Command {
             Self::Decide(a) => value(a),
             Self::Finish(a) => value(a),
             Self::Throttle(a) => value(a),
+            Self::ThrottleDisks(a) => value(a),
             Self::SetReportInterval(a) => value(a),
             Self::Recover(a) => value(a),
             Self::DirtyStart(a) => value(a),

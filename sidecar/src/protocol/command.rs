@@ -220,6 +220,20 @@ pub struct ThrottleArgs {
     pub percent: u8,
 }
 
+/// `throttle-disks`: limits what the guest writes to each of its local disks that move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ThrottleDisksArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// The VM's name.
+    pub vm: String,
+    /// For each of its disks, in bytes per second; 0: no limit.
+    pub bytes_per_s: u64,
+}
+
 /// `set-report-interval`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -392,6 +406,8 @@ pub enum Command {
     Finish(FinishArgs),
     /// `throttle`.
     Throttle(ThrottleArgs),
+    /// `throttle-disks`.
+    ThrottleDisks(ThrottleDisksArgs),
     /// `yank`: cuts the migration stream of one VM (out-of-band).
     Yank(VmArgs),
     /// `keep-alive`: renews the coordinator's lease.

@@ -119,6 +119,21 @@ fn complete_mirrors_are_held_back_until_memory_is_to_follow() {
 }
 
 #[test]
+fn a_guest_that_was_slowed_is_so_no_more_after_an_abort() {
+    let mut world = source();
+    world.up_to(Phase::Precopy);
+    let now = world.now;
+    world.src().throttle_disks(now, 500_000);
+    world.settle();
+    let limits = |world: &World| world.qemu.limits.values().copied().collect::<Vec<u64>>();
+    assert_eq!(limits(&world), [500_000, 500_000]);
+    world.run.abort();
+    world.pass(Duration::from_secs(3));
+    assert_eq!(limits(&world), [0, 0]);
+    assert_eq!(world.phase(), Phase::RolledBack);
+}
+
+#[test]
 fn an_abort_ends_mirrors_that_are_held_back() {
     let mut world = source();
     copied_disks_only(&mut world);

@@ -20,6 +20,8 @@ pub struct Qemu {
     pub commands: Vec<String>,
     /// It does not answer any more.
     pub hung: bool,
+    /// What writes to its devices are limited to.
+    pub limits: BTreeMap<String, u64>,
     /// What all dirty bitmaps of its disks hold.
     pub written: u64,
     /// Its disks: block node and size.
@@ -79,6 +81,7 @@ impl Qemu {
             dirty_pages_per_s: 0,
             commands: Vec::new(),
             hung: false,
+            limits: BTreeMap::new(),
             written: 0,
             disks: Vec::new(),
             jobs: BTreeMap::new(),
@@ -225,6 +228,19 @@ impl Qemu {
                     })
                 };
                 return Ok(self.disks.iter().map(node).collect());
+            }
+            "query-block" => {
+                let device = |(name, _): &(String, u64)| {
+                    json!({
+                        "qdev": format!("{name}-device"),
+                        "inserted": { "node-name": name, "bps_wr": 0 },
+                    })
+                };
+                return Ok(self.disks.iter().map(device).collect());
+            }
+            "block_set_io_throttle" => {
+                let limit = arguments["bps_wr"].as_u64().unwrap_or(0);
+                self.limits.insert(text("id"), limit);
             }
             "query-block-jobs" => {
                 let job = |(id, (offset, len)): (&String, &(u64, u64))| json!({ "device": id, "type": "mirror", "offset": offset, "len": len });

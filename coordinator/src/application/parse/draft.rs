@@ -1,5 +1,6 @@
 //! A file as it was read, before it is known whether it says enough for a move.
 
+use rate_limiter::BytesPerSecond;
 use uuid::Uuid;
 
 use super::settings::Settings;
@@ -26,6 +27,7 @@ pub(super) struct DraftVm {
     pub uuid: Option<Uuid>,
     pub transport: Option<TransportChoice>,
     pub disks: Vec<Disk>,
+    pub min_write_rate: Option<BytesPerSecond>,
     pub known: OutlineVm,
 }
 
@@ -84,6 +86,7 @@ impl DraftVm {
             to: self.known.to?,
             transport: self.transport,
             disks: self.disks,
+            min_write_rate: self.min_write_rate,
             profile: self.known.profile,
         })
     }

@@ -28,6 +28,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         token: "0".repeat(64),
         machine: None,
         disks: Vec::new(),
+        min_write_rate: None,
         transport: Transport::Relay,
         profile: VmProfile::default(),
     });

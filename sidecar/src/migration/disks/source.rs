@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::brake::Brake;
 use super::written::{COUNT, Written};
 use super::{Ask, check_node};
 use crate::protocol::command::PrepareDisk;
@@ -34,6 +35,10 @@ pub enum Tag {
     Jobs,
     /// `block-job-pause` and `block-job-resume`.
     HoldBack(usize),
+    /// `query-block`: which devices the disks are at.
+    Devices,
+    /// `block_set_io_throttle`.
+    Throttle(usize),
     /// `block-dirty-bitmap-add`.
     Track(usize),
     /// `query-named-block-nodes`, for the counts of the bitmaps.
@@ -85,6 +90,8 @@ struct Mirror {
     read_only: bool,
     /// How its guest writes to it.
     written: Written,
+    /// How that is limited.
+    brake: Brake,
     offset: u64,
     len: u64,
     ready: bool,
@@ -110,6 +117,8 @@ pub struct Mirrors {
     /// Mirrors that are complete are held back: what is written is sent later.
     hold_back: bool,
     count_at: Option<Instant>,
+    /// What an earlier life of this sidecar has done to them is not known.
+    is_adopted: bool,
 }
 
 fn job(index: usize) -> String {
@@ -131,6 +140,7 @@ impl Mirrors {
             chain: disk.chain,
             read_only: disk.read_only,
             written: Written::default(),
+            brake: Brake::default(),
             offset: 0,
             len: disk.size_bytes,
             ready: false,
@@ -149,6 +159,7 @@ impl Mirrors {
             polling: false,
             hold_back: false,
             count_at: None,
+            is_adopted: false,
         }
     }
 
@@ -168,6 +179,7 @@ impl Mirrors {
             .collect();
         let mut mirrors = Self::new(&disks);
         mirrors.stage = Stage::Copying;
+        mirrors.is_adopted = true;
         mirrors
     }
 
@@ -280,6 +292,14 @@ impl Mirrors {
         &mut self.disks[index].written
     }
 
+    pub(super) fn brake(&mut self, index: usize) -> &mut Brake {
+        &mut self.disks[index].brake
+    }
+
+    pub(super) fn is_adopted(&self) -> bool {
+        self.is_adopted
+    }
+
     pub(super) fn ask(&mut self, tag: Tag, command: &'static str, arguments: Value) {
         self.commands.push(Ask {
             tag,
@@ -319,6 +339,7 @@ impl Mirrors {
         self.poll_at = Some(now + self.poll_every);
         self.count_at = Some(now + COUNT);
         self.track();
+        self.ask(Tag::Devices, "query-block", Value::Null);
         for index in 0..self.disks.len() {
             let arguments = json!({
                 "driver": "nbd",
@@ -380,7 +401,8 @@ impl Mirrors {
     pub fn abandon(&mut self, now: Instant) {
         match self.stage {
             Stage::Idle => self.stage = Stage::Gone,
-            Stage::Gone | Stage::Sealed | Stage::Leaving { .. } => {}
+            Stage::Gone | Stage::Leaving { .. } => {}
+            Stage::Sealed => self.release_guest(),
             _ => {
                 self.stage = Stage::Leaving { since: Some(now) };
                 self.problem = None;
@@ -390,8 +412,17 @@ impl Mirrors {
                 }
                 self.ask(Tag::Leftover, "query-block-jobs", Value::Null);
                 self.poll_at = None;
-                self.untrack();
+                self.release_guest();
             }
+        }
+    }
+
+    /// What was measured of the guest's writes, and how they were limited, ends.
+    fn release_guest(&mut self) {
+        self.untrack();
+        self.throttle(0);
+        if self.is_adopted {
+            self.ask(Tag::Devices, "query-block", Value::Null);
         }
     }
 
@@ -456,8 +487,9 @@ impl Mirrors {
             Tag::Leftover => self.clean(now, value),
             Tag::Remove(index) => self.removed(index),
             Tag::Count => self.counted(now, value),
+            Tag::Devices => self.read_devices(value),
             Tag::Add(_) | Tag::Mirror(_) | Tag::Drain(_) | Tag::Cancel(_) | Tag::HoldBack(_) => {}
-            Tag::Track(_) | Tag::Reset(_) | Tag::Untrack(_) => {}
+            Tag::Track(_) | Tag::Reset(_) | Tag::Untrack(_) | Tag::Throttle(_) => {}
         }
     }
 
@@ -468,6 +500,7 @@ impl Mirrors {
             Tag::Cancel(_) | Tag::Leftover | Tag::Rest => {}
             // Not held back, or not measured: it goes on without.
             Tag::HoldBack(_) | Tag::Track(_) | Tag::Count | Tag::Reset(_) | Tag::Untrack(_) => {}
+            Tag::Devices | Tag::Throttle(_) => {}
             Tag::Jobs => self.polling = false,
             Tag::Remove(index) if error.contains("Failed to find node") => self.removed(index),
             Tag::Remove(index) => self.remove_again(now, index, error),

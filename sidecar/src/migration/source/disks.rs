@@ -23,6 +23,14 @@ impl Source {
         }
     }
 
+    /// `throttle-disks`: the guest writes no faster than this to each of its disks that move.
+    pub fn throttle_disks(&mut self, now: Now, bytes_per_s: u64) {
+        if self.started && !self.wants_out {
+            self.mirrors.throttle(bytes_per_s);
+            self.drive_disks(now);
+        }
+    }
+
     /// The destination closed the connection of a disk, whose end had been reached.
     pub fn disk_sealed(&mut self, now: Now) {
         self.mirrors.connection_sealed();
