@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rate_limiter::Bytes;
 use sidecar::protocol::command::Command;
 use sidecar::protocol::command::RunArgs;
 use sidecar::protocol::event::Event;
@@ -78,8 +79,7 @@ pub fn run(
         notes = survey::complete(&mut completed, &wanted, &client, &options.interrupt)
             .map_err(|error| refused(&error))?;
     }
-    let app = &completed;
-    let verdict = preflight::judge(app, policy, &facts);
+    let verdict = preflight::judge(&completed, policy, &facts);
     if !verdict.problems.is_empty() {
         return Err(RunError::Preflight {
             problems: verdict.problems,
@@ -88,6 +88,14 @@ pub fn run(
     if options.interrupt.load(Ordering::Relaxed) > 0 {
         return Err(RunError::Interrupted);
     }
+    // Disks that move are part of what is planned, whether or not the file says how large they are.
+    for (id, disks) in &verdict.disks {
+        let size = disks.iter().map(|disk| disk.size_bytes).sum();
+        if size > 0 {
+            completed.vms[id.0].profile.disk.get_or_insert(Bytes(size));
+        }
+    }
+    let app = &completed;
     let plan = plan(app, policy).map_err(|error| refused(&error))?;
     notes.extend(plan.notes.iter().cloned());
     let heart = Heart::new(client.sender());

@@ -31,6 +31,9 @@ pub struct Config {
     /// Limits of this host.
     #[serde(default)]
     pub limits: Limits,
+    /// Programs of this host that are run around a switchover.
+    #[serde(default)]
+    pub hooks: Hooks,
     /// VMs are also found here: `NAME.qmp` is the monitor of VM `NAME`.
     pub qmp_dir: Option<PathBuf>,
     /// The VMs that run here or may come here.
@@ -79,6 +82,18 @@ pub struct Stream {
 pub struct Limits {
     /// Most that all streams leaving this host may take together.
     pub link: Option<BytesPerSecond>,
+}
+
+/// `[hooks]`: programs with their arguments, for tunnels, names, load balancers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Hooks {
+    /// Run for a VM that leaves, while it still runs, just before it may be paused.
+    #[serde(default)]
+    pub before_switchover: Vec<String>,
+    /// Run for a VM that has left, has come, or has stayed.
+    #[serde(default)]
+    pub after_switchover: Vec<String>,
 }
 
 /// `[[vm]]`
@@ -260,6 +275,20 @@ impl Config {
             problems.push(format!(
                 "`control.unix` is longer than {MAX_SOCKET_PATH} bytes"
             ));
+        }
+        let hooks = [
+            ("before-switchover", &self.hooks.before_switchover),
+            ("after-switchover", &self.hooks.after_switchover),
+        ];
+        for (name, hook) in hooks {
+            if hook
+                .first()
+                .is_some_and(|program| !program.starts_with('/'))
+            {
+                problems.push(format!(
+                    "`hooks.{name}` must begin with the absolute path of a program"
+                ));
+            }
         }
         for (index, vm) in self.vms.iter().enumerate() {
             let name = &vm.name;

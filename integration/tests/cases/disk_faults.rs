@@ -232,6 +232,10 @@ fn written(lab: &Lab, guest: &str, blocks: u32) -> Result<()> {
 
 /// Locks an image as a QEMU does that lets nobody else write to it: the byte that stands for that is
 /// locked for reading (block/file-posix.c there).
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "small constants of the kernel's"
+)]
 fn lock(image: &File) -> Result<()> {
     const NOBODY_WRITES: i64 = 200 + 1;
     let lock = libc::flock {

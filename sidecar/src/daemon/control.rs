@@ -437,7 +437,9 @@ impl Daemon {
         let half = match args.role {
             Role::Source => {
                 let source = Source::new(now, vm.vm.clone(), vm.uuid, settings);
-                VmHalf::Source(Box::new(source.with_disks(&vm.disks)))
+                let has_hook = !self.config.hooks.before_switchover.is_empty();
+                let source = source.with_disks(&vm.disks).with_hook(has_hook);
+                VmHalf::Source(Box::new(source))
             }
             Role::Destination => VmHalf::Destination(Box::new(Destination::new(
                 now,

@@ -451,6 +451,7 @@ impl Daemon {
                 }
             }
             self.drop_images(key);
+            self.hook_after(key);
         }
         if let Some(entry) = self.runs.get(&run) {
             self.pacing.remove_group(entry.group);

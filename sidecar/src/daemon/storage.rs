@@ -14,6 +14,7 @@ use mio::Waker;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::hooks::Hook;
 use super::images::{self, Image};
 use super::{log, process};
 use crate::notes::{self, Note};
@@ -45,6 +46,8 @@ pub enum Job {
     Forget(Asker, Uuid),
     /// Remove images that were made for a run.
     RemoveImages(Vec<PathBuf>),
+    /// Run a hook; who waits for it.
+    Hook(Hook, Option<(Uuid, usize)>),
     /// Start a program.
     Spawn {
         /// Images to be made before.
@@ -67,6 +70,8 @@ pub enum Done {
     NoteSaved(Uuid, u64, Result<(), String>),
     /// An answer for a client.
     Answer(Asker, Result<Value, CommandError>),
+    /// A hook that a half waits for has ended.
+    Hooked(Uuid, usize, Result<(), String>),
     /// A program was started, or not; the images that were made.
     Spawned(Uuid, usize, Result<Child, String>, Vec<PathBuf>),
 }
@@ -97,7 +102,7 @@ impl Storage {
             .name("storage".into())
             .spawn(move || {
                 for job in queue {
-                    let done = if job.touches_images() {
+                    let done = if job.takes_time() {
                         beside(job, &results, &waker)
                     } else {
                         perform(job, &mut register, &notes_dir)
@@ -128,8 +133,10 @@ impl Storage {
 }
 
 impl Job {
-    fn touches_images(&self) -> bool {
+    /// Whether it may take its time.
+    fn takes_time(&self) -> bool {
         match self {
+            Self::Hook(..) => true,
             Self::Spawn { images, .. } => !images.is_empty(),
             Self::RemoveImages(_) => true,
             _ => false,
@@ -146,28 +153,40 @@ fn tell(done: Done, results: &Sender<Done>, waker: &Waker) -> bool {
 fn beside(job: Job, results: &Sender<Done>, waker: &Arc<Waker>) -> Option<Done> {
     let whose = match &job {
         Job::Spawn { run, half, .. } => Some((*run, *half)),
+        Job::Hook(_, whose) => *whose,
         _ => None,
     };
     let (results, waker) = (results.clone(), waker.clone());
-    let thread = std::thread::Builder::new().name("images".into());
+    let is_hook = matches!(job, Job::Hook(..));
+    let thread = std::thread::Builder::new().name("aside".into());
     let started = thread.spawn(move || {
-        if let Some(done) = with_images(job) {
+        if let Some(done) = aside(job) {
             tell(done, &results, &waker);
         }
     });
     let error = format!("no thread can be started: {}", started.err()?);
     match whose {
+        Some((run, half)) if is_hook => Some(Done::Hooked(run, half, Err(error))),
         Some((run, half)) => Some(Done::Spawned(run, half, Err(error), Vec::new())),
         None => {
-            log(&format!("images of a run are left: {error}"));
+            log(&format!(
+                "images of a run are left, or a hook was not run: {error}"
+            ));
             None
         }
     }
 }
 
-/// The jobs that have to do with images.
-fn with_images(job: Job) -> Option<Done> {
+/// The jobs that may take their time.
+fn aside(job: Job) -> Option<Done> {
     match job {
+        Job::Hook(hook, whose) => {
+            let result = hook.run();
+            if let Err(error) = &result {
+                log(error);
+            }
+            whose.map(|(run, half)| Done::Hooked(run, half, result))
+        }
         Job::RemoveImages(paths) => {
             images::remove(&paths);
             None
@@ -258,6 +277,6 @@ fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -
             register.records(run).map(|records| records_value(&records)),
         ),
         Job::Forget(asker, run) => answer(asker, register.forget(run).map(|()| json!({}))),
-        Job::RemoveImages(_) | Job::Spawn { .. } => return with_images(job),
+        Job::RemoveImages(_) | Job::Spawn { .. } | Job::Hook(..) => return aside(job),
     })
 }

@@ -59,6 +59,8 @@ pub enum Output {
     OpenAckGate,
     /// Put a limit on the VM's stream in the relay, or take it off.
     Unpace,
+    /// Run the hook before the switchover, and answer with `hook_ended`.
+    RunHook,
     /// Write the run's note to disk and answer with `note_saved`.
     SaveNote,
 }

@@ -355,3 +355,33 @@ fn memory_that_comes_before_the_disks_are_complete_does_not_arrive() {
     assert!(!world.has(|e| matches!(e, Event::Arrived { .. })));
     assert_eq!(world.phase(), Phase::RolledBack);
 }
+
+#[test]
+fn a_vm_is_armed_when_its_hook_has_ended_and_not_when_it_fails() {
+    for result in [Ok(()), Err("the hook failed".to_owned())] {
+        let make = |now| {
+            let source = Source::new(now, "db".into(), VM, settings(true)).with_hook(true);
+            VmHalf::Source(Box::new(source))
+        };
+        let mut world = World::new(make, "running");
+        world.up_to(Phase::Held);
+        let now = world.now;
+        for _ in 0..2 {
+            world.src().arm(now);
+            world.settle();
+        }
+        let hooks = world.outputs.iter().filter(|one| **one == Output::RunHook);
+        assert_eq!(hooks.count(), 1);
+        assert_eq!(world.phase(), Phase::Held);
+        let is_good = result.is_ok();
+        world.src().hook_ended(now, result);
+        world.pass(Duration::from_millis(300));
+        let expected = if is_good {
+            Phase::Armed
+        } else {
+            Phase::RolledBack
+        };
+        world.pass(Duration::from_secs(2));
+        assert_eq!(world.phase(), expected);
+    }
+}

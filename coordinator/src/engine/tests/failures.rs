@@ -198,7 +198,6 @@ fn missed_events_are_caught_up_after_a_reconnect() {
 fn report(vm: &str, uuid: u128, phase: Phase) -> VmReport {
     VmReport {
         disks: Vec::new(),
-        min_write_rate: None,
         vm: vm.into(),
         uuid: Uuid::from_u128(uuid),
         role: Role::Source,

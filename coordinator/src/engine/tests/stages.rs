@@ -51,7 +51,6 @@ fn report(s: &mut Script, vm: &str, phase: Phase, round: u64, remaining_bytes: u
     let member = spec.members.iter().find(|member| member.name == vm);
     let report = VmReport {
         disks: Vec::new(),
-        min_write_rate: None,
         vm: vm.into(),
         uuid: member.expect("a member").uuid,
         role: Role::Source,

@@ -131,6 +131,15 @@ enum AfterNote {
     Arm,
 }
 
+/// The host's program that is run before the VM may be paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hook {
+    Wanted,
+    Running,
+    /// It has run, or there is none.
+    Done,
+}
+
 /// The machine. See the module.
 #[derive(Debug)]
 pub struct Source {
@@ -188,6 +197,8 @@ pub struct Source {
     stream_opened: bool,
     /// DISKS_COPIED was told.
     disks_copied: bool,
+    /// The hook before the switchover.
+    hook: Hook,
     /// `continue` was commanded, and the mirrors copy their rest.
     draining: bool,
     /// The VM is paused, this much memory remains; how much of the disks is being asked.
@@ -242,6 +253,7 @@ impl Source {
             mirrors: Mirrors::new(&[]),
             stream_opened: false,
             disks_copied: false,
+            hook: Hook::Done,
             draining: false,
             pausing: None,
         }
@@ -251,6 +263,15 @@ impl Source {
     #[must_use]
     pub fn with_disks(mut self, disks: &[PrepareDisk]) -> Self {
         self.mirrors = Mirrors::new(disks);
+        self
+    }
+
+    /// With a hook that is run before the VM may be paused.
+    #[must_use]
+    pub fn with_hook(mut self, has_hook: bool) -> Self {
+        if has_hook {
+            self.hook = Hook::Wanted;
+        }
         self
     }
 
