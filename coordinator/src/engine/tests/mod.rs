@@ -1,5 +1,6 @@
 //! The engine in virtual time, against scripted events: no sockets, no sidecars.
 
+mod disks;
 mod failures;
 mod happy;
 mod random;
