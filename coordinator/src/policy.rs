@@ -19,6 +19,9 @@ pub struct Plan {
     /// Whether VMs are held until their group is released; without it each switches over as soon
     /// as it converges.
     pub hold: bool,
+    /// Whether groups that have not started may be made anew in the move, from what was measured: those
+    /// of `muster`, where the scheduler made them.
+    pub may_change: bool,
     /// What a person should know of how it was made.
     pub notes: Vec<String>,
 }
@@ -118,7 +121,8 @@ fn each_alone(app: &Application, concurrency: Concurrency) -> Plan {
     Plan {
         groups: app.vm_ids().map(alone).collect(),
         concurrency,
-        hold: false,
+        hold: app.ends_by_rule,
+        may_change: false,
         notes: Vec::new(),
     }
 }
@@ -131,6 +135,7 @@ fn one_group(app: &Application, scheme: Scheme) -> Plan {
         }],
         concurrency: Concurrency::OneAfterAnother,
         hold: true,
+        may_change: false,
         notes: Vec::new(),
     }
 }
@@ -162,6 +167,7 @@ fn by_scheduler(app: &Application, policy: Policy, scheme: Scheme) -> Result<Pla
             "as the file describes the VMs, {reason}; all move as one group, and \
              on-non-convergence decides"
         ));
+        plan.notes.extend(found.notes);
         return Ok(plan);
     }
     let mut plan = together();
@@ -175,6 +181,8 @@ fn by_scheduler(app: &Application, policy: Policy, scheme: Scheme) -> Result<Pla
         })
         .collect();
     plan.notes = found.notes;
+    // Which groups hold a VM of every tier depends on all of them.
+    plan.may_change = policy == Policy::Muster && !app.replica_groups;
     Ok(plan)
 }
 

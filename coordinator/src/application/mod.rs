@@ -81,6 +81,8 @@ pub struct Application {
     pub horizon: Duration,
     /// What to do with a group that never fits `max-downtime`.
     pub on_non_convergence: OnNonConvergence,
+    /// How much a VM's vCPUs may be slowed at most, in percent, unless it says otherwise.
+    pub max_throttle: u8,
     /// What to do with the groups already moved when a later one fails.
     pub on_partial: OnPartial,
     /// Interval of the sidecars' reports.
@@ -93,6 +95,9 @@ pub struct Application {
     pub transport: TransportChoice,
     /// When pre-copy ends for a VM.
     pub termination: Termination,
+    /// Whether the file asks for a rule by which pre-copy ends that QEMU does not have itself: then the
+    /// VMs of every policy are held, those of `sequential` and `parallel` each by itself.
+    pub ends_by_rule: bool,
     /// Whether every tier is to be on both sites while the application is split.
     pub replica_groups: bool,
     /// The hosts.
@@ -144,6 +149,8 @@ pub struct Vm {
     pub to: HostId,
     /// How its stream goes, where it says so itself.
     pub transport: Option<TransportChoice>,
+    /// How much its vCPUs may be slowed at most, in percent, where it says so itself.
+    pub max_throttle: Option<u8>,
     /// Local disks that move with it; its other disks are on both hosts already.
     pub disks: Vec<Disk>,
     /// What is known of its memory and disk, for the planner.
@@ -344,6 +351,19 @@ fn read<T>(
 }
 
 impl Application {
+    /// Whether VMs are held: by the policy, or because the file asks for it.
+    #[must_use]
+    pub fn holds(&self, policy: Policy) -> bool {
+        policy.holds() || self.ends_by_rule
+    }
+
+    /// How much vCPUs may be slowed at most, in percent, where that is allowed.
+    #[must_use]
+    pub fn throttle(&self) -> Option<u8> {
+        let may = self.on_non_convergence == OnNonConvergence::Throttle;
+        may.then_some(self.max_throttle)
+    }
+
     /// Reads the file at `path`.
     ///
     /// # Errors

@@ -65,6 +65,9 @@ fn read(text: &str, purpose: Purpose) -> Result<(Option<Draft>, Problems<'_>), V
     let traffic = read_traffic(&mut top, &vms, &mut problems);
     let settings = settings::read_settings(&mut top, &names, &mut problems);
     top.finish(&mut problems);
+    if let Some(settings) = &settings {
+        check_reserve(settings, &hosts, &links, &mut problems);
+    }
     let draft = settings
         .filter(|_| problems.is_empty())
         .map(|settings| Draft {
@@ -75,6 +78,32 @@ fn read(text: &str, purpose: Purpose) -> Result<(Option<Draft>, Problems<'_>), V
             traffic,
         });
     Ok((draft, problems))
+}
+
+/// Something has to be left of every link and interface.
+fn check_reserve(
+    settings: &settings::Settings,
+    hosts: &[DraftHost],
+    links: &[Link],
+    problems: &mut Problems<'_>,
+) {
+    let reserve = settings.application.allowance.reserve;
+    let name = |host: HostId| hosts[host.0].known.name.as_str();
+    let nics = hosts.iter().filter_map(|host| {
+        let rate = host.known.nic?;
+        Some((format!("`nic` of host `{}`", host.known.name), rate))
+    });
+    let links = links.iter().map(|link| {
+        let [a, b] = link.between.map(name);
+        (format!("[[link]] between `{a}` and `{b}`"), link.rate)
+    });
+    for (what, rate) in nics.chain(links) {
+        if reserve.0 > 0 && rate <= reserve {
+            let text =
+                format!("`reserve` {reserve} in [application] leaves nothing of {what}, {rate}");
+            problems.at(&(0..0), text);
+        }
+    }
 }
 
 fn check_version(top: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) {
@@ -261,6 +290,8 @@ fn read_vms(
             }
         }
         let transport = settings::read_transport(&mut reader, problems);
+        // 0: it is never slowed.
+        let max_throttle = settings::read_max_throttle(&mut reader, problems, 0);
         let disks = disks::read_disks(&mut reader, problems);
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
@@ -270,6 +301,7 @@ fn read_vms(
             disks,
             known: OutlineVm {
                 name,
+                max_throttle,
                 tier,
                 from: from.map(|(host, _)| host),
                 to: to.map(|(host, _)| host),

@@ -83,6 +83,7 @@ impl GroupRun {
     }
 
     fn advance_precopy(&mut self, now: Duration) {
+        self.look_at_throttles(now);
         if self.spec.hold {
             if self.may_gather(now) && self.vms.iter().all(|vm| vm.held) {
                 self.all_held_at = Some(now);

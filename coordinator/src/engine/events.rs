@@ -189,7 +189,13 @@ impl GroupRun {
             return;
         }
         match event {
-            Event::Round { round, .. } => vm.add_round(*round),
+            Event::Round { round, .. } => {
+                // What the next report will say, if not more.
+                if !vm.stopped {
+                    vm.remaining_bytes = vm.remaining_bytes.max(round.dirtied_bytes);
+                }
+                vm.add_round(*round);
+            }
             Event::Held {
                 reason,
                 remaining_bytes,

@@ -8,6 +8,7 @@ use sidecar::protocol::types::{
 };
 
 use super::Member;
+use super::throttle::Throttle;
 use crate::application::VmId;
 use crate::report::Sample;
 use crate::scheduler::{self, allot::Moving};
@@ -65,8 +66,15 @@ pub(super) struct VmRun {
     pub remaining_bytes: u64,
     pub dirty_rate_bytes_per_s: u64,
     pub rate_bytes_per_s: u64,
+    /// When the source made its last report: unix time in microseconds.
+    pub reported_at_us: Option<i64>,
+    /// For how long its stream had waited for the path by then.
+    pub link_wait_ms: u64,
+    /// What it had sent by then.
+    pub reported_bytes: u64,
     pub round: u64,
     pub throttle_percent: u8,
+    pub throttle: Throttle,
     pub memory_bytes: u64,
     /// As its QEMU at the destination has it; 0 while that is unknown.
     pub destination_memory_bytes: u64,
@@ -131,8 +139,12 @@ impl VmRun {
             remaining_bytes: 0,
             dirty_rate_bytes_per_s: 0,
             rate_bytes_per_s: 0,
+            reported_at_us: None,
+            link_wait_ms: 0,
+            reported_bytes: 0,
             round: 0,
             throttle_percent: 0,
+            throttle: Throttle::default(),
             memory_bytes: 0,
             destination_memory_bytes: 0,
             transferred_bytes: 0,
@@ -244,6 +256,9 @@ impl VmRun {
         self.memory_bytes = self.memory_bytes.max(report.total_bytes);
         self.round = report.round;
         self.rate_bytes_per_s = report.rate_bytes_per_s;
+        self.reported_at_us = Some(at_us);
+        self.reported_bytes = report.transferred_bytes;
+        self.link_wait_ms = report.link_wait_ms;
         self.throttle_percent = report.throttle_percent;
         if !self.stopped {
             self.remaining_bytes = report.remaining_bytes;

@@ -26,6 +26,7 @@ mod events;
 mod group;
 mod halves;
 mod hosts;
+mod measured;
 mod record;
 mod release;
 mod settle;
@@ -33,6 +34,7 @@ mod share;
 mod stages;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 use std::fmt;
 use std::time::Duration;
@@ -97,6 +99,8 @@ pub struct Member {
     pub transport: Transport,
     /// Local disks that move with it.
     pub disks: Vec<PrepareDisk>,
+    /// How much its vCPUs may be slowed at most, in percent.
+    pub max_throttle: u8,
     /// What is known of its load beforehand.
     pub profile: VmProfile,
 }
@@ -160,6 +164,20 @@ pub enum Step {
     Copied,
     /// Its turn has come.
     Turn,
+    /// A path was found to carry another rate than was thought.
+    Bandwidth {
+        /// Its source's host.
+        from: String,
+        /// Its destination's.
+        to: String,
+        /// What may be used of it from now on; `None`: again all that was told.
+        rate: Option<BytesPerSecond>,
+    },
+    /// What has not started was planned anew: these groups follow, in this order.
+    Planned {
+        /// Their VMs.
+        groups: Vec<Vec<String>>,
+    },
     /// Every VM is in wait-and-copy.
     AllHeld,
     /// Every VM is armed; so long would the switchover take now.
@@ -172,7 +190,7 @@ pub enum Step {
         /// The best seen.
         best: Duration,
     },
-    /// A VM's vCPUs are slowed because the group does not converge.
+    /// A VM's vCPUs are slowed because it, or its group, does not converge; 0: no more.
     Throttled {
         /// The VM.
         vm: String,
@@ -232,6 +250,18 @@ impl fmt::Display for Step {
             Self::StartedLater { vms } => write!(f, "pre-copy of {} has begun", vms.join(", ")),
             Self::Copied => write!(f, "everything is copied once: waiting for stage two"),
             Self::Turn => write!(f, "stage two: what was dirtied meanwhile is sent"),
+            Self::Bandwidth { from, to, rate } => match rate {
+                Some(rate) => write!(f, "{rate} may be used from {from} to {to}: shared anew"),
+                None => write!(f, "{from} to {to} carries what was told again: shared anew"),
+            },
+            Self::Planned { groups } => {
+                let groups: Vec<String> = groups.iter().map(|vms| vms.join(", ")).collect();
+                write!(
+                    f,
+                    "planned anew from what was measured: {}",
+                    groups.join("; then ")
+                )
+            }
             Self::AllHeld => write!(f, "every VM is held in wait-and-copy"),
             Self::Armed { predicted } => {
                 write!(
@@ -247,6 +277,7 @@ impl fmt::Display for Step {
                     ms(best)
                 )
             }
+            Self::Throttled { vm, percent: 0 } => write!(f, "vCPUs of {vm} at full speed again"),
             Self::Throttled { vm, percent } => write!(f, "vCPUs of {vm} slowed by {percent} %"),
             Self::Released { predicted } => {
                 write!(f, "released, {:.0} ms expected", ms(predicted))

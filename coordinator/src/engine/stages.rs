@@ -48,6 +48,12 @@ impl GroupRun {
         }
     }
 
+    /// Whether its turn has not come yet.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.part, Part::Bulk { .. })
+    }
+
     /// Whether it is still on its way to a switchover: not deciding, and not going back.
     #[must_use]
     pub fn is_moving(&self) -> bool {

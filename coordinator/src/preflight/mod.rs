@@ -165,7 +165,7 @@ pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     }
     judge_hosts(app, facts, &mut verdict);
     for id in app.vm_ids() {
-        judge_vm(app, policy.holds(), facts, id, &mut verdict);
+        judge_vm(app, app.holds(policy), facts, id, &mut verdict);
     }
     judge_memory(app, facts, &mut verdict);
     verdict

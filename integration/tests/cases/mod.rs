@@ -1,5 +1,6 @@
 //! The cases, and what they share.
 
+mod adapt;
 mod benches;
 mod comma;
 mod commands;
@@ -79,6 +80,10 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
     (
         "comma_copies_everything_once_and_then_moves_groups_in_turn",
         comma::two_stages,
+    ),
+    (
+        "a_link_that_carries_less_than_was_told_is_found",
+        adapt::a_narrow_link,
     ),
     (
         "lll_starts_the_largest_dirty_rate_last",

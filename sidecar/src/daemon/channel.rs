@@ -225,6 +225,12 @@ impl Channel {
         matches!(self.state, State::Open) && !self.from_qemu.is_empty() && self.peer.writable
     }
 
+    /// Source: whether bytes wait and the path takes none.
+    #[must_use]
+    pub fn waits_for_path(&self) -> bool {
+        matches!(self.state, State::Open) && !self.from_qemu.is_empty() && !self.peer.writable
+    }
+
     /// Does what can be done without pacing. On the source's host the stream itself is only read
     /// here, [`Self::send`] writes it.
     pub fn step(&mut self, now: Instant) -> Step {

@@ -246,6 +246,10 @@ pub struct VmReport {
     pub dirty_rate_bytes_per_s: u64,
     /// Measured speed of the stream in bytes per second.
     pub rate_bytes_per_s: u64,
+    /// For how long, in milliseconds, bytes of the stream have waited for the path, which took less
+    /// than the pace allows (source). Since 1.5.
+    #[serde(default)]
+    pub link_wait_ms: u64,
     /// The limit set by `pace`, if any, in bytes per second.
     pub limit_bytes_per_s: Option<u64>,
     /// vCPU throttle in percent, 0 when off.

@@ -34,10 +34,12 @@ impl Draft {
     pub(super) fn outline(self) -> Outline {
         let app = self.settings.application;
         Outline {
+            throttle: app.throttle(),
             name: app.name,
             policy: app.policy,
             allowance: app.allowance,
             max_downtime: app.max_downtime,
+            deadline: app.deadline,
             termination: app.termination,
             replica_groups: app.replica_groups,
             hosts: self.hosts.into_iter().map(|host| host.known).collect(),
@@ -83,6 +85,7 @@ impl DraftVm {
             from: self.known.from?,
             to: self.known.to?,
             transport: self.transport,
+            max_throttle: self.known.max_throttle,
             disks: self.disks,
             profile: self.known.profile,
         })

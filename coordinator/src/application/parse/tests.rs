@@ -268,3 +268,37 @@ fn local_disks_have_names_of_their_own() {
         assert!(problems[0].text.contains(needle), "{disks}: {problems:?}");
     }
 }
+
+#[test]
+fn how_much_may_be_slowed() {
+    let of = |keys: &str, vm: &str| {
+        let text = GOOD
+            .replace("deadline = \"2m\"", keys)
+            .replace("memory = \"128MiB\"", vm);
+        parse(&text).map(|app| (app.throttle(), app.vms[0].max_throttle))
+    };
+    let throttle = "on-non-convergence = \"throttle\"";
+    assert_eq!(of("", ""), Ok((None, None)));
+    assert_eq!(of(throttle, ""), Ok((Some(99), None)));
+    let less = format!("{throttle}\nmax-throttle = 60");
+    assert_eq!(of(&less, "max-throttle = 0"), Ok((Some(60), Some(0))));
+    for (keys, vm) in [
+        ("max-throttle = 0", ""),
+        ("max-throttle = 100", ""),
+        ("", "max-throttle = 100"),
+    ] {
+        assert!(of(keys, vm).is_err(), "{keys} {vm}");
+    }
+}
+
+#[test]
+fn a_rule_that_qemu_does_not_have_holds_the_vms_of_every_policy() {
+    let of = |keys: &str| {
+        let app = parse(&GOOD.replace("max-rounds = 12", keys)).expect("good");
+        [Policy::Sequential, Policy::Parallel, Policy::Muster].map(|policy| app.holds(policy))
+    };
+    assert_eq!(of("max-rounds = 12"), [false, false, true]);
+    assert_eq!(of("rule = \"qemu\""), [false, false, true]);
+    assert_eq!(of("rule = \"xen\""), [true; 3]);
+    assert_eq!(of("rule = \"intelligent\""), [true; 3]);
+}

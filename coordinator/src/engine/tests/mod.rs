@@ -4,6 +4,7 @@ mod failures;
 mod happy;
 mod random;
 mod stages;
+mod throttle;
 
 use super::*;
 use crate::application::OnNonConvergence;
@@ -29,6 +30,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         machine: None,
         disks: Vec::new(),
         transport: Transport::Relay,
+        max_throttle: 99,
         profile: VmProfile::default(),
     });
     GroupSpec {

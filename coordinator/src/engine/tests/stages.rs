@@ -63,6 +63,7 @@ fn report(s: &mut Script, vm: &str, phase: Phase, round: u64, remaining_bytes: u
         remaining_bytes,
         dirty_rate_bytes_per_s: 5 * MB,
         rate_bytes_per_s: 0,
+        link_wait_ms: 0,
         limit_bytes_per_s: None,
         throttle_percent: 0,
         history: Vec::new(),
