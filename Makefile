@@ -22,12 +22,18 @@ STOCK_QEMU ?= qemu-system-x86_64
 REAL_QEMU_TESTS := $(AS_ROOT) $(CARGO) test --locked --release --workspace --test faults --test real_qemu
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-patched lint bench faults build qemu qemu-check qemu-base setup clean help
+.PHONY: demo app app-image test test-patched lint bench faults build qemu qemu-check qemu-base setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
 
-test: setup lint build qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol
+app: build app-image ## what users of web, app and db feel of a move over a WAN, per policy (ARGS=...)
+	$(TESTBED) app $(ARGS)
+
+app-image: ## kernel, nginx, redis and app server for the guests of `make app`, in target/app-image
+	scripts/build-app-image.sh
+
+test: setup lint build qemu app-image ## everything: lints, unit tests, stock and patched QEMU, the protocol
 	$(CARGO) test --locked --workspace --lib --bins
 	$(CARGO) test --locked --workspace --exclude muster-testbed --test '*'
 	$(CARGO) test --locked --workspace --doc
@@ -35,7 +41,7 @@ test: setup lint build qemu ## everything: lints, unit tests, stock and patched 
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 	MUSTER_QEMU=$(STOCK_QEMU) $(SUDO) scripts/protocol-test.sh
 
-test-patched: build qemu ## only the tests with real QEMU, on the patched one
+test-patched: build qemu app-image ## only the tests with real QEMU, on the patched one
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 
 lint: ## formatting, clippy and documentation, warnings as errors

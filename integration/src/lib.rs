@@ -3,6 +3,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod app;
 pub mod bench;
 pub mod clock;
 pub mod demo;
@@ -17,3 +18,4 @@ pub mod qmp;
 pub mod signals;
 mod sys;
 pub mod ticks;
+pub mod watch;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use rate_limiter::BytesPerSecond;
+use testbed::app::{self, AppOptions};
 use testbed::bench::{self, BenchOptions};
 use testbed::clock::Micros;
 use testbed::demo::{self, DemoOptions};
@@ -46,6 +47,8 @@ enum Subcommands {
     },
     /// Moves three guests between two hosts under each policy and shows what each costs.
     Demo(DemoOptions),
+    /// Moves web, app and db in Linux guests over a WAN under each policy, and shows what users feel.
+    App(AppOptions),
     /// Measures what Muster promises, in pairs, and says which bounds were kept.
     Bench(BenchOptions),
     /// Plays the table of faults: signals to every process in every phase of a move.
@@ -89,6 +92,7 @@ fn run(command: Subcommands) -> Result<()> {
             seconds,
         } => show_guest(&guest, accel, seconds, &interrupt),
         Subcommands::Demo(options) => demo::demo(&options, &interrupt),
+        Subcommands::App(options) => app::app(&options, &interrupt),
         Subcommands::Bench(options) => bench::bench(&options, &interrupt),
         Subcommands::Faults(options) => faults::faults(&options, &interrupt),
         Subcommands::FaultsCoordinate { file, socket } => {

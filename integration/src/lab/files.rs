@@ -10,7 +10,7 @@ use crate::guest::GuestSpec;
 use crate::qemu::{DISK_NODE, Role};
 
 /// A string as TOML writes it.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 

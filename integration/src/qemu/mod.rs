@@ -415,29 +415,49 @@ impl Launch {
     /// If it does not start or its monitor does not answer within 10 seconds.
     pub fn start(&self, role: Role, qmp: &Path, isolation: &Isolation) -> Result<Qemu, QemuError> {
         self.make_image()?;
-        let template = self.template(role)?;
-        let qmp_text = quote(qmp);
-        let mut words = template
-            .iter()
-            .map(|word| word.replace(QMP_PLACEHOLDER, &qmp_text));
-        let mut command = Command::new(words.next().unwrap_or_default());
-        command.args(words);
-        let name = format!("QEMU of {}", self.spec.name);
-        let mut process = Process::start(&name, command, isolation)?;
-        let alive = || process.must_run().is_ok();
-        match Qmp::connect_while(&self.observe, MONITOR_LIMIT, alive) {
-            Ok(monitor) => Ok(Qemu {
-                process,
-                monitor,
-                qmp: qmp.to_owned(),
-            }),
-            Err(monitor) => {
-                // A monitor that breaks belongs to a QEMU that is about to end: let it say why.
-                let _ = process.wait(END_LIMIT);
-                process.must_run()?;
-                let said = process.last_words();
-                Err(QemuError::Monitor { monitor, said })
-            }
+        start(
+            &self.spec.name,
+            &self.template(role)?,
+            qmp,
+            &self.observe,
+            isolation,
+        )
+    }
+}
+
+/// Starts a command vector with Muster's monitor at `qmp`, and connects the testbed's own at
+/// `observe`.
+///
+/// # Errors
+/// If it does not start or its monitor does not answer within 10 seconds.
+pub(crate) fn start(
+    guest: &str,
+    template: &[String],
+    qmp: &Path,
+    observe: &Path,
+    isolation: &Isolation,
+) -> Result<Qemu, QemuError> {
+    let qmp_text = quote(qmp);
+    let mut words = template
+        .iter()
+        .map(|word| word.replace(QMP_PLACEHOLDER, &qmp_text));
+    let mut command = Command::new(words.next().unwrap_or_default());
+    command.args(words);
+    let name = format!("QEMU of {guest}");
+    let mut process = Process::start(&name, command, isolation)?;
+    let alive = || process.must_run().is_ok();
+    match Qmp::connect_while(observe, MONITOR_LIMIT, alive) {
+        Ok(monitor) => Ok(Qemu {
+            process,
+            monitor,
+            qmp: qmp.to_owned(),
+        }),
+        Err(monitor) => {
+            // A monitor that breaks belongs to a QEMU that is about to end: let it say why.
+            let _ = process.wait(END_LIMIT);
+            process.must_run()?;
+            let said = process.last_words();
+            Err(QemuError::Monitor { monitor, said })
         }
     }
 }
@@ -454,7 +474,7 @@ pub struct Qemu {
 }
 
 /// A path as QEMU's option syntax wants it: commas doubled.
-fn quote(path: &Path) -> String {
+pub(crate) fn quote(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 

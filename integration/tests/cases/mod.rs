@@ -1,5 +1,6 @@
 //! The cases, and what they share.
 
+mod app;
 mod benches;
 mod comma;
 mod commands;
@@ -115,6 +116,7 @@ pub const OTHER_CASES: &[(&str, OtherCase)] = &[
     ("a_link_carries_its_rate", network::link_rate),
     ("a_link_can_be_cut_and_restored", network::cut_and_restore),
     ("three_hosts_reach_each_other", network::three_hosts),
+    ("a_wan_has_time_rate_and_loss", app::wan),
     ("hosts_go_with_their_processes", network::hosts_go),
     (
         "a_killed_testbed_is_cleaned_up_after",
@@ -136,6 +138,7 @@ pub const COMMAND_CASES: &[(&str, OtherCase)] = &[
     ),
     ("abort_from_outside_rolls_back", commands::aborted),
     ("a_measurement_leaves_nothing_behind", measure::misuse),
+    ("users_of_an_application_feel_a_move", app::three_policies),
 ];
 
 pub const LIMIT: Duration = Duration::from_secs(20);
