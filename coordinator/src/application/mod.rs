@@ -25,6 +25,7 @@
 //! ```
 
 mod control;
+mod mac;
 mod outline;
 mod parse;
 mod reader;
@@ -40,6 +41,7 @@ use uuid::Uuid;
 
 use crate::capacity::Allowance;
 pub use control::{ControlAddress, ParseControlAddressError};
+pub use mac::{Mac, NoMac};
 pub use outline::{Outline, OutlineHost, OutlineVm};
 pub use reader::Problem;
 
@@ -136,6 +138,8 @@ pub struct Vm {
     pub name: String,
     /// Its identity: QEMU must report the same.
     pub uuid: Uuid,
+    /// The hardware address of its network card, by which its traffic is counted.
+    pub mac: Option<Mac>,
     /// Its tier, such as `web` or `db`.
     pub tier: Option<String>,
     /// The host it runs on.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::reader::{Problem, Problems, TableReader, nearest};
 use super::{
-    Application, ControlAddress, FILE_VERSION, HostId, Link, Outline, OutlineHost, OutlineVm,
+    Application, ControlAddress, FILE_VERSION, HostId, Link, Mac, Outline, OutlineHost, OutlineVm,
     Traffic, VmId,
 };
 use draft::{Draft, DraftHost, DraftVm};
@@ -219,6 +219,7 @@ fn read_vms(
 ) -> Vec<DraftVm> {
     let mut seen = HashMap::new();
     let mut uuids: HashMap<Uuid, String> = HashMap::new();
+    let mut macs: HashMap<Mac, String> = HashMap::new();
     let mut vms = Vec::new();
     for mut reader in tables(top, "vm", problems) {
         let name = name_of(&mut reader, &mut seen, problems);
@@ -260,12 +261,23 @@ fn read_vms(
                 problems.at(span, text);
             }
         }
+        let expected = "a hardware address such as \"52:54:00:12:34:56\"";
+        let mac = reader
+            .parsed::<Mac>(problems, "mac", expected)
+            .map(|found| {
+                if let Some(other) = macs.insert(found.value, name.clone()) {
+                    let text = format!("`mac` of {} is also that of VM `{other}`", reader.name);
+                    problems.at(&found.span, text);
+                }
+                found.value
+            });
         let transport = settings::read_transport(&mut reader, problems);
         let disks = disks::read_disks(&mut reader, problems);
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
         vms.push(DraftVm {
             uuid,
+            mac,
             transport,
             disks,
             known: OutlineVm {

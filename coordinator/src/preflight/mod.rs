@@ -152,7 +152,8 @@ pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     } else {
         can_run(app, policy)
     };
-    let measures = !Wanted::of_move(app, policy).is_empty();
+    let wanted = Wanted::of_move(app, policy);
+    let measures = wanted.bandwidth || !wanted.vms.is_empty();
     match possible {
         Err(error @ CannotRun::NoReplicaGroups { .. }) if measures => verdict.notes.push(format!(
             "{error}; what the file does not say is measured before the move"

@@ -156,7 +156,8 @@ fn times(samples: &[Sample], when: impl Fn(Micros) -> bool) -> Vec<f64> {
 }
 
 fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / f64::from(u32::try_from(values.len().max(1)).unwrap_or(u32::MAX))
+    let sum = values.iter().fold(0.0, |sum, value| sum + value);
+    sum / f64::from(u32::try_from(values.len().max(1)).unwrap_or(u32::MAX))
 }
 
 fn rank99(values: &[f64]) -> f64 {

@@ -62,6 +62,12 @@ impl AppVm {
     pub fn tap(&self) -> String {
         format!("vm-{}", self.name)
     }
+
+    /// Its hardware address as it is written.
+    #[must_use]
+    pub fn mac_text(&self) -> String {
+        self.mac.map(|byte| format!("{byte:02x}")).join(":")
+    }
 }
 
 /// The VMs of an application with `apps` app servers.
@@ -173,7 +179,7 @@ impl AppLaunch {
                 "-netdev",
                 format!("tap,id=net,ifname={tap},script=no,downscript=no"),
             );
-            let mac = self.vm.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let mac = self.vm.mac_text();
             option(
                 "-device",
                 format!("virtio-net-pci,netdev=net,mac={mac},romfile="),

@@ -36,15 +36,17 @@ use stage::{Stage, StageSpec};
 
 /// Connections of the users.
 const CONNECTIONS: usize = 64;
-/// Requests that were due are waited for so long at the end of a run.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// The first requests of a load find caches empty and the machine busy.
+const FIRST: Duration = Duration::from_secs(2);
+/// An application that answers later than that before a move has more load than it can bear.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// `muster-testbed app`
 #[derive(Debug, Args)]
 pub struct AppOptions {
-    /// Rate of the WAN between the two sites, each way.
-    #[arg(long, default_value = "200Mbit/s")]
-    pub wan: BytesPerSecond,
+    /// Rate of the WAN between the two sites, each way; default: 200 Mbit/s, with --quick 400.
+    #[arg(long)]
+    pub wan: Option<BytesPerSecond>,
     /// Round trip time of the WAN, 0 to 100 ms and more.
     #[arg(long, default_value = "50ms", value_parser = units::parse_duration)]
     pub rtt: Duration,
@@ -54,15 +56,15 @@ pub struct AppOptions {
     /// Round trip time between the users and either site.
     #[arg(long, default_value = "10ms", value_parser = units::parse_duration)]
     pub users_rtt: Duration,
-    /// Requests per second.
-    #[arg(long, default_value_t = 20.0)]
-    pub rate: f64,
+    /// Requests per second; default: 20, with --quick 10.
+    #[arg(long)]
+    pub rate: Option<f64>,
     /// Share of the requests that write, 0 to 1.
     #[arg(long, default_value_t = 0.1)]
     pub writes: f64,
-    /// RAM of every VM.
-    #[arg(long, default_value = "192MiB")]
-    pub memory: Bytes,
+    /// RAM of every VM; default: 192 MiB, with --quick 160.
+    #[arg(long)]
+    pub memory: Option<Bytes>,
     /// App servers: 1, or 2 for COMMA's four VMs.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub apps: u8,
@@ -75,10 +77,10 @@ pub struct AppOptions {
     /// kvm, tcg, or auto: KVM where Linux really boots under it.
     #[arg(long, default_value = "auto")]
     pub accel: AccelChoice,
-    /// How long the application is watched before each move; default: 15 s.
+    /// How long the application is watched before each move; default: 15 s, with --quick 4.
     #[arg(long, value_parser = units::parse_duration)]
     pub before: Option<Duration>,
-    /// And after it; default: 15 s.
+    /// And after it; default: the same.
     #[arg(long, value_parser = units::parse_duration)]
     pub after: Option<Duration>,
     /// The downtime that the group is released for.
@@ -91,7 +93,7 @@ pub struct AppOptions {
     /// The window in which percentiles are judged.
     #[arg(long, default_value = "300s", value_parser = units::parse_duration)]
     pub window: Duration,
-    /// Shorter: the application is watched for 5 s before and after each move.
+    /// Smaller and shorter: some defaults change.
     #[arg(long)]
     pub quick: bool,
     /// Where report.json, report.svg and report.html go.
@@ -113,40 +115,79 @@ pub fn app(options: &AppOptions, interrupt: &Interrupt) -> Result<()> {
     Ok(())
 }
 
+/// The quantities whose default depends on --quick.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    wan: BytesPerSecond,
+    rate: f64,
+    memory: Bytes,
+    before: Duration,
+    after: Duration,
+}
+
+impl AppOptions {
+    fn sizes(&self) -> Result<Sizes> {
+        let (megabits, rate, mebibytes, seconds) = if self.quick {
+            (400, 10.0, 160, 4)
+        } else {
+            (200, 20.0, 192, 15)
+        };
+        let before = self.before.unwrap_or(Duration::from_secs(seconds));
+        let sizes = Sizes {
+            wan: self.wan.unwrap_or(BytesPerSecond(megabits * 125_000)),
+            rate: self.rate.unwrap_or(rate),
+            memory: self.memory.unwrap_or(Bytes(mebibytes << 20)),
+            before,
+            after: self.after.unwrap_or(before),
+        };
+        ensure!(
+            (0.1..=10_000.0).contains(&sizes.rate),
+            "--rate {}: expected 0.1 to 10000 requests per second",
+            sizes.rate
+        );
+        for (name, share) in [("--loss", self.loss), ("--writes", self.writes)] {
+            ensure!(
+                (0.0..=1.0).contains(&share),
+                "{name} {share}: expected 0 to 1"
+            );
+        }
+        Ok(sizes)
+    }
+}
+
+impl AppOptions {
+    /// Builds the stage, and says how.
+    ///
+    /// # Errors
+    /// What could not be made; nothing is left behind then.
+    pub fn stage(&self, interrupt: &Interrupt) -> Result<Stage> {
+        let chosen = accel::choose(self.accel, interrupt)?;
+        println!("{}", chosen.reason);
+        let began = Micros::now();
+        let stage = Stage::build(stage_spec(self, self.sizes()?, chosen.accel), interrupt)?;
+        let how = if stage.booted {
+            "booted, and saved for the next time"
+        } else {
+            "from snapshots"
+        };
+        let took = Micros::now().since(began).as_secs_f64();
+        println!("{} VMs answer after {took:.1} s ({how})", stage.vms.len());
+        Ok(stage)
+    }
+}
+
 /// Makes the moves and measures them.
 ///
 /// # Errors
 /// Whatever went wrong; everything is cleaned up then.
 pub fn measure(options: &AppOptions, interrupt: &Interrupt) -> Result<Report> {
-    ensure!(
-        options.rate.is_finite() && (0.1..=10_000.0).contains(&options.rate),
-        "--rate {}: expected 0.1 to 10000 requests per second",
-        options.rate
-    );
-    for (name, share) in [("--loss", options.loss), ("--writes", options.writes)] {
-        ensure!(
-            (0.0..=1.0).contains(&share),
-            "{name} {share}: expected 0 to 1"
-        );
-    }
-    let chosen = accel::choose(options.accel, interrupt)?;
-    println!("{}", chosen.reason);
-    let began = Micros::now();
-    let stage = Stage::build(stage_spec(options, chosen.accel), interrupt)?;
-    println!(
-        "{} VMs answer after {:.1} s ({})",
-        stage.vms.len(),
-        Micros::now().since(began).as_secs_f64(),
-        if stage.booted {
-            "booted, and saved for the next time"
-        } else {
-            "from snapshots"
-        }
-    );
+    let sizes = options.sizes()?;
+    let stage = options.stage(interrupt)?;
+    let accel = stage.spec.accel;
     let added_before = added(&stage)?;
     let spec = LoadSpec {
         front: stage.front(),
-        rate: options.rate,
+        rate: sizes.rate,
         writes: options.writes,
         connections: CONNECTIONS,
     };
@@ -155,6 +196,8 @@ pub fn measure(options: &AppOptions, interrupt: &Interrupt) -> Result<Report> {
         stage.vms.iter().map(|vm| vm.address).collect(),
     )?;
     let load = Load::start(stage.users()?, &spec)?;
+    interrupt.sleep(FIRST)?;
+    load.settle(Micros::now(), interrupt)?;
     let policies = match options.policies.as_slice() {
         [] => vec![Policy::Sequential, Policy::Parallel, Policy::Muster],
         chosen => chosen.to_vec(),
@@ -164,6 +207,7 @@ pub fn measure(options: &AppOptions, interrupt: &Interrupt) -> Result<Report> {
         load: &load,
         probe: &probe,
         options,
+        sizes,
         interrupt,
         acknowledged: 0,
         sites: (0, 1),
@@ -179,23 +223,34 @@ pub fn measure(options: &AppOptions, interrupt: &Interrupt) -> Result<Report> {
         added >= acknowledged,
         "of {acknowledged} writes that were acknowledged the database has {added}"
     );
-    let environment = environment(options, chosen.accel)?;
+    let notices = runs
+        .iter()
+        .filter(|run| run.feel.before_ms > SLOW.as_secs_f64() * 1e3);
+    let notices = notices.map(|run| {
+        format!(
+            "before {} the application took {:.1} s to answer: this machine is too slow or too busy for {} requests/s",
+            run.policy,
+            run.feel.before_ms / 1e3,
+            sizes.rate
+        )
+    });
     Ok(Report {
         schema_version: report::SCHEMA_VERSION,
-        environment,
-        setting: setting(options, &stage, chosen.accel),
+        environment: environment(options, sizes, accel)?,
+        setting: setting(options, sizes, &stage, accel),
+        notices: notices.collect(),
         runs,
     })
 }
 
-fn stage_spec(options: &AppOptions, accel: Accel) -> StageSpec {
+fn stage_spec(options: &AppOptions, sizes: Sizes, accel: Accel) -> StageSpec {
     let downtime = options.max_downtime.as_millis();
     StageSpec {
         apps: options.apps,
-        memory: options.memory,
+        memory: sizes.memory,
         hosts: options.hosts,
         accel,
-        rate: options.wan,
+        rate: sizes.wan,
         rtt: options.rtt,
         loss: options.loss,
         users_rtt: options.users_rtt,
@@ -209,6 +264,7 @@ struct Tour<'a> {
     load: &'a Load,
     probe: &'a Probe,
     options: &'a AppOptions,
+    sizes: Sizes,
     interrupt: &'a Interrupt,
     /// Writes that users were told are done.
     acknowledged: u64,
@@ -221,9 +277,6 @@ impl Tour<'_> {
     fn go(&mut self, policy: Policy) -> Result<Run> {
         let (stage, options) = (self.stage, self.options);
         let (from, to) = self.sites;
-        let watched = |time: Option<Duration>| {
-            time.unwrap_or(Duration::from_secs(if options.quick { 5 } else { 15 }))
-        };
         println!(
             "\n{policy}: site {} → site {}",
             ["a", "b"][from],
@@ -231,7 +284,7 @@ impl Tour<'_> {
         );
         self.acknowledged += writes_in(&self.load.take());
         let since = Micros::now();
-        self.interrupt.sleep(watched(options.before))?;
+        self.interrupt.sleep(self.sizes.before)?;
         let application = stage.application(from, to)?;
         let run = RunOptions {
             policy: Some(policy),
@@ -251,9 +304,9 @@ impl Tour<'_> {
         }
         let wan_bytes = stage.wan_bytes().0 - carried.0;
         let wan_bytes_between_vms = stage.wan_bytes_between_vms().0 - carried.1;
-        self.interrupt.sleep(watched(options.after))?;
+        self.interrupt.sleep(self.sizes.after)?;
         let end = Micros::now();
-        self.interrupt.sleep(LAST_ANSWERS)?;
+        self.load.settle(end, self.interrupt)?;
         let mut samples = self.load.take();
         self.acknowledged += writes_in(&samples);
         samples.retain(|sample| sample.due >= since && sample.due < end);
@@ -306,21 +359,21 @@ fn added(stage: &Stage) -> Result<u64> {
         .with_context(|| format!("the database counts `{said}` writes"))
 }
 
-fn setting(options: &AppOptions, stage: &Stage, accel: Accel) -> String {
+fn setting(options: &AppOptions, sizes: Sizes, stage: &Stage, accel: Accel) -> String {
     format!(
         "{} VMs of {} under {accel}; WAN {} with {} ms round trip and {} % loss; {} requests/s, {} % of them writes; users {} ms away",
         stage.vms.len(),
-        options.memory,
-        options.wan,
+        sizes.memory,
+        sizes.wan,
         options.rtt.as_millis(),
         options.loss * 100.0,
-        options.rate,
+        sizes.rate,
         options.writes * 100.0,
         options.users_rtt.as_millis()
     )
 }
 
-fn environment(options: &AppOptions, accel: Accel) -> Result<serde_json::Value> {
+fn environment(options: &AppOptions, sizes: Sizes, accel: Accel) -> Result<serde_json::Value> {
     let qemu = installed()?;
     Ok(json!({
         "qemu_version": qemu.version,
@@ -329,13 +382,13 @@ fn environment(options: &AppOptions, accel: Accel) -> Result<serde_json::Value> 
         "machine": qemu.machine,
         "kernel": kernel(),
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
-        "wan_bytes_per_s": options.wan,
+        "wan_bytes_per_s": sizes.wan,
         "rtt_ms": options.rtt.as_secs_f64() * 1e3,
         "loss": options.loss,
         "users_rtt_ms": options.users_rtt.as_secs_f64() * 1e3,
-        "requests_per_s": options.rate,
+        "requests_per_s": sizes.rate,
         "writes": options.writes,
-        "memory_bytes": options.memory,
+        "memory_bytes": sizes.memory,
         "app_servers": options.apps,
         "hosts_per_site": options.hosts,
         "max_downtime_ms": options.max_downtime.as_secs_f64() * 1e3,

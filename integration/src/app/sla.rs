@@ -13,8 +13,9 @@ use super::load::{Action, Sample};
 
 /// Windows begin this far apart.
 const STEP: Duration = Duration::from_secs(1);
-/// Response times are told to a thousandth.
+/// Response times are told to a thousandth, from a microsecond to an hour.
 const DIGITS: u8 = 3;
+const LONGEST_US: u64 = 3_600_000_000;
 /// The percentiles that are judged: relaxed and strict.
 pub const PERCENTILES: [f64; 2] = [90.0, 99.0];
 
@@ -101,7 +102,7 @@ fn judge_one(
     let (Some(first), Some(last)) = (samples.first(), samples.last()) else {
         return Vec::new();
     };
-    let Ok(mut times) = Histogram::<u64>::new(DIGITS) else {
+    let Ok(mut times) = Histogram::<u64>::new_with_bounds(1, LONGEST_US, DIGITS) else {
         return Vec::new();
     };
     let mut verdicts = PERCENTILES.map(|percentile| Verdict {

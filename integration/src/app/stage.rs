@@ -24,7 +24,7 @@ use super::machine::{
 use crate::lab::files::quoted;
 use crate::lab::{payload, serve};
 use crate::net::wan::{Path as WanPath, Wan};
-use crate::net::{Host, Network};
+use crate::net::{Counters, Host, Network};
 use crate::process::Process;
 use crate::qemu::{self, Accel, Qemu, installed};
 use crate::qmp::Qmp;
@@ -186,6 +186,23 @@ impl Stage {
     }
 
     /// The host of a VM in a site.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn host(&self, vm: usize, site: usize) -> Result<&Host> {
+        Ok(self.network.host(&self.host_of(vm, site))?)
+    }
+
+    /// What the tap of a VM has carried in a site.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn tap_counters(&self, vm: usize, site: usize) -> Result<Counters> {
+        let host = self.host(vm, site)?;
+        Ok(host.tap_counters(&self.vms[vm].tap())?)
+    }
+
+    /// The name of a VM's host in a site.
     #[must_use]
     pub fn host_of(&self, vm: usize, site: usize) -> String {
         host_name(site, vm % usize::from(self.spec.hosts.max(1)))
@@ -219,11 +236,12 @@ impl Stage {
             // What the guests of this image do at a light load.
             let _ = write!(
                 text,
-                "\n[[vm]]\nname = \"{}\"\nuuid = \"{}\"\nfrom = \"{}\"\nto = \"{}\"\n\
+                "\n[[vm]]\nname = \"{}\"\nuuid = \"{}\"\nmac = \"{}\"\nfrom = \"{}\"\nto = \"{}\"\n\
                  memory = \"{}B\"\ndirty-rate = \"2MB/s\"\nmax-dirty-rate = \"4MB/s\"\n\
                  writable-working-set = \"8MiB\"\n",
                 vm.name,
                 vm.uuid,
+                vm.mac_text(),
                 self.host_of(index, from),
                 self.host_of(index, to),
                 self.spec.memory.0

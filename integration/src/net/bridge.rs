@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use super::link::{Counters, counters};
 use super::{Host, NetError};
 use crate::sys;
 
@@ -64,6 +65,14 @@ impl Host {
     pub fn add_tap(&self, name: &str) -> Result<(), NetError> {
         self.ip(&["tuntap", "add", name, "mode", "tap", "vnet_hdr"])?;
         self.attach(name)
+    }
+
+    /// What a tap has carried: what the host received is what its guest sent.
+    ///
+    /// # Errors
+    /// There is no such tap.
+    pub fn tap_counters(&self, name: &str) -> Result<Counters, NetError> {
+        counters(&self.namespace, name)
     }
 
     /// Opens a tap whose frames are the caller's to carry, on the bridge. It goes with its

@@ -25,7 +25,7 @@ use nix::sched::{CloneFlags, setns};
 use rate_limiter::BytesPerSecond;
 
 pub use bridge::BRIDGE;
-pub use link::{Carried, Cut, Link};
+pub use link::{Carried, Counters, Cut, Link};
 pub use stale::remove_stale;
 pub use throughput::{Throughput, throughput};
 

@@ -2,10 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
+use coordinator::client::Client;
+use coordinator::traffic;
+use testbed::app::load::{Action, ask_once};
 use testbed::app::{AppOptions, app};
 use testbed::net::wan::{Path, Wan};
 use testbed::net::{Network, throughput};
@@ -85,6 +89,53 @@ pub fn wan() -> Result<()> {
     Ok(())
 }
 
+pub fn traffic_matrix() -> Result<()> {
+    const COUNT: Duration = Duration::from_secs(6);
+    const ASK: Duration = Duration::from_secs(3);
+    let Wrapped { options } = Wrapped::try_parse_from(["app", "--quick"])?;
+    let stage = options.stage(&Interrupt::install()?)?;
+    let application = stage.application(0, 1)?;
+    let client = Client::connect(&application, &traffic::hosts(&application));
+    for (_, result) in client.wait_connected(LIMIT) {
+        result?;
+    }
+    let (front, users) = (stage.front(), stage.users()?);
+    let host = stage.host(0, 0)?;
+    let counting = || {
+        let mut nft = Command::new("nft");
+        nft.args(["list", "table", "bridge", "muster_traffic"]);
+        host.enter(|| nft.output())
+    };
+    let db = stage.vms.len() - 1;
+    let (counted, carried) = std::thread::scope(|scope| {
+        let count = scope.spawn(|| traffic::count(&application, &client, COUNT));
+        let by = Instant::now() + LIMIT;
+        while !counting()??.status.success() {
+            ensure!(Instant::now() < by, "nothing is counted");
+        }
+        let before = stage.tap_counters(db, 0)?;
+        let began = Instant::now();
+        while began.elapsed() < ASK {
+            users.enter(|| ask_once(front, Action::Search, 7))??;
+        }
+        let after = stage.tap_counters(db, 0)?;
+        ensure!(counting()??.status.success(), "it was counted too short");
+        let counted = count.join().map_err(|_| anyhow!("the count broke"))??;
+        let carried = (after.received.0 - before.received.0) + (after.sent.0 - before.sent.0);
+        Ok::<_, anyhow::Error>((counted, carried))
+    })?;
+    ensure!(!counting()??.status.success(), "the table is left behind");
+    let pairs: Vec<String> = counted.pairs.iter().map(|p| p.between.join("-")).collect();
+    ensure!(pairs == ["web-app", "app-db"], "{pairs:?}");
+    // The database's tap sees the app server and nobody else: an acknowledgement may be late, and
+    // addresses are asked for by broadcast.
+    let pair = &counted.pairs[1];
+    let found = pair.sent_bytes + pair.received_bytes;
+    println!("counted {found} bytes, the tap carried {carried}; {pair:?}");
+    ensure!(found.abs_diff(carried) <= carried / 100 + 500);
+    Ok(())
+}
+
 #[derive(Debug, Parser)]
 struct Wrapped {
     #[command(flatten)]
@@ -93,14 +144,7 @@ struct Wrapped {
 
 pub fn three_policies() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    let words = [
-        "app",
-        "--quick",
-        "--wan=400Mbit/s",
-        "--before=3s",
-        "--after=3s",
-        "--out",
-    ];
+    let words = ["app", "--quick", "--before=3s", "--out"];
     let out = directory.path().as_os_str();
     let words = words.map(std::ffi::OsStr::new).into_iter().chain([out]);
     let Wrapped { options } = Wrapped::try_parse_from(words)?;
@@ -114,7 +158,7 @@ pub fn three_policies() -> Result<()> {
     for run in runs {
         let (policy, feel) = (&run["policy"], &run["feel"]);
         let requests = feel["requests"].as_u64().context("no requests")?;
-        ensure!(requests > 60, "{policy}: {requests} requests");
+        ensure!(requests > 40, "{policy}: {requests} requests");
         ensure!(
             feel["refused"] == 0 && feel["lost"] == 0,
             "{policy}: {} refused, {} connections lost",
@@ -135,6 +179,11 @@ pub fn three_policies() -> Result<()> {
             ensure!(outside > inside - 0.05, "{policy}: {away}");
         }
     }
+    let split = runs[0]["movement"]["impact_bytes"].as_f64();
+    ensure!(
+        split > Some(0.0),
+        "no traffic was counted before the move: {split:?}"
+    );
     // A split application pays with every turn between its sites; one that moves together does not.
     let between = |at: usize| runs[at]["wan_bytes_between_vms"].as_u64();
     ensure!(

@@ -139,6 +139,7 @@ pub const COMMAND_CASES: &[(&str, OtherCase)] = &[
     ("abort_from_outside_rolls_back", commands::aborted),
     ("a_measurement_leaves_nothing_behind", measure::misuse),
     ("users_of_an_application_feel_a_move", app::three_policies),
+    ("traffic_is_counted_between_vms", app::traffic_matrix),
 ];
 
 pub const LIMIT: Duration = Duration::from_secs(20);

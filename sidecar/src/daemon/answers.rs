@@ -10,6 +10,7 @@ use crate::protocol::codec::CommandError;
 use crate::protocol::command as c;
 use crate::protocol::dirty::{AnyEvent, DirtyStartArgs, DirtyVmArgs};
 use crate::protocol::probe::{ProbeArgs, ProbeListenArgs};
+use crate::protocol::traffic::QueryTrafficArgs;
 use crate::protocol::types::{HostInfo, VmEntry};
 
 impl Daemon {
@@ -197,6 +198,7 @@ fn schema() -> Value {
             command::<DirtyVmArgs>("query-dirty", false),
             command::<ProbeListenArgs>("probe-listen", false),
             command::<ProbeArgs>("probe", false),
+            command::<QueryTrafficArgs>("query-traffic", false),
         ],
         "events": schema_for!(AnyEvent),
     })

@@ -108,6 +108,11 @@ impl Daemon {
                 }
                 return None;
             }
+            Command::QueryTraffic(args) => {
+                let time = Duration::from_millis(args.duration_ms);
+                let job = args.check().map(|()| Job::CountTraffic(asker, time));
+                job.map_err(CommandError::generic)
+            }
             command => return Some(self.command(now, client, command)),
         };
         match job.and_then(|job| self.storage.submit(job).map_err(CommandError::generic)) {

@@ -34,6 +34,7 @@ mod scanner;
 mod storage;
 mod streams;
 mod tcp;
+mod traffic;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;

@@ -172,6 +172,7 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "query-dirty" => with!(QueryDirty),
         "probe-listen" => with!(ProbeListen),
         "probe" => with!(Probe),
+        "query-traffic" => with!(QueryTraffic),
         _ => {
             let desc = format!("the command `{name}` is not known; see query-muster-schema");
             return Err(CommandError::not_found(desc));
@@ -217,6 +218,7 @@ impl Command {
             Self::QueryDirty(_) => "query-dirty",
             Self::ProbeListen(_) => "probe-listen",
             Self::Probe(_) => "probe",
+            Self::QueryTraffic(_) => "query-traffic",
         }
     }
 
@@ -286,6 +288,7 @@ impl Command {
             Self::DirtyStop(a) | Self::QueryDirty(a) => value(a),
             Self::ProbeListen(a) => value(a),
             Self::Probe(a) => value(a),
+            Self::QueryTraffic(a) => value(a),
         }
     }
 

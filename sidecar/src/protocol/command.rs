@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::dirty::{DirtyStartArgs, DirtyVmArgs};
 use super::probe::{ProbeArgs, ProbeListenArgs};
+use super::traffic::QueryTrafficArgs;
 use super::types::{CopyMode, RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
@@ -398,6 +399,8 @@ pub enum Command {
     ProbeListen(ProbeListenArgs),
     /// `probe`: measures the bandwidth to another host; PROBED follows.
     Probe(ProbeArgs),
+    /// `query-traffic`: counts for a while; [`super::traffic::TrafficCount`].
+    QueryTraffic(QueryTrafficArgs),
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@
 //! - [`event`]: the events and the reports in them.
 //! - [`dirty`]: measurements of a VM's dirty pages, commands and events.
 //! - [`probe`]: probes of the bandwidth between hosts.
+//! - [`traffic`]: counts of what VMs send each other.
 //! - [`types`]: what both share.
 
 pub mod codec;
@@ -28,6 +29,7 @@ pub mod dirty;
 pub mod event;
 pub mod lines;
 pub mod probe;
+pub mod traffic;
 pub mod types;
 
 /// Major version of the protocol: peers with another one refuse each other.

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::settings::Settings;
 use crate::application::{
-    Application, ControlAddress, Disk, Host, Link, Outline, OutlineHost, OutlineVm, Traffic,
+    Application, ControlAddress, Disk, Host, Link, Mac, Outline, OutlineHost, OutlineVm, Traffic,
     TransportChoice, Vm,
 };
 
@@ -24,6 +24,7 @@ pub(super) struct DraftHost {
 
 pub(super) struct DraftVm {
     pub uuid: Option<Uuid>,
+    pub mac: Option<Mac>,
     pub transport: Option<TransportChoice>,
     pub disks: Vec<Disk>,
     pub known: OutlineVm,
@@ -79,6 +80,7 @@ impl DraftVm {
         Some(Vm {
             name: self.known.name,
             uuid: self.uuid?,
+            mac: self.mac,
             tier: self.known.tier,
             from: self.known.from?,
             to: self.known.to?,

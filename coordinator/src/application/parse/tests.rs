@@ -107,6 +107,23 @@ fn transports_of_the_application_and_of_a_vm() {
 }
 
 #[test]
+fn a_hardware_address_is_one_vms_own() {
+    let with = |macs: [&str; 2]| {
+        let [web, db] = macs.map(|mac| format!("mac = \"{mac}\"\nfrom ="));
+        GOOD.replacen("from =", &web, 1)
+            .replace("from = \"b\"", &(db + " \"b\""))
+    };
+    let app = parse(&with(["52:54:00:00:00:0A", "52:54:00:00:00:0b"])).expect("good");
+    let mac = app.vm(VmId(0)).mac.map(|mac| mac.to_string());
+    assert_eq!(mac.as_deref(), Some("52:54:00:00:00:0a"));
+    assert!(parse(GOOD).expect("good").vm(VmId(0)).mac.is_none());
+    let found = problems(&with(["52:54:00:00:00:0a", "52:54:00:00:00:0A"]));
+    assert!(found[0].1.contains("is also that of VM `web`"), "{found:?}");
+    let found = problems(&with(["ff:ff:ff:ff:ff:ff", "52:54:00:00:00:0b"]));
+    assert!(found[0].1.contains("hardware address"), "{found:?}");
+}
+
+#[test]
 fn unknown_keys_come_with_line_and_suggestion() {
     let text = GOOD.replace("bandwidth =", "bandwith =");
     let found = problems(&text);

@@ -8,9 +8,10 @@
 
 mod client;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddrV4;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use serde::Serialize;
 
 use crate::clock::Micros;
 use crate::net::{Host, NetError};
+use crate::signals::{Interrupt, Interrupted};
 use client::Client;
 
 /// A request that is not answered for so long has failed.
@@ -122,8 +124,19 @@ pub struct LoadSpec {
 #[derive(Debug)]
 pub struct Load {
     end: Arc<AtomicBool>,
+    open: Open,
     samples: Receiver<Sample>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// When the requests were due that have not ended yet.
+#[derive(Debug, Clone, Default)]
+struct Open(Arc<Mutex<BTreeSet<Micros>>>);
+
+impl Open {
+    fn change<T>(&self, change: impl FnOnce(&mut BTreeSet<Micros>) -> T) -> T {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// Sends one request over a connection of its own, from the calling thread's namespace, and returns
@@ -152,8 +165,13 @@ impl Load {
             error,
         };
         let end = Arc::new(AtomicBool::new(false));
+        let open = Open::default();
         let (orders, due) = bounded::<Order>(WAITING);
-        let (told, samples) = unbounded();
+        let (sender, samples) = unbounded();
+        let told = Told {
+            samples: sender,
+            open: open.clone(),
+        };
         // Threads are in the namespace of the one that starts them.
         let started = users.enter(|| {
             let mut threads = Vec::new();
@@ -171,6 +189,7 @@ impl Load {
         }));
         Ok(Self {
             end,
+            open,
             samples,
             threads,
         })
@@ -180,6 +199,28 @@ impl Load {
     #[must_use]
     pub fn take(&self) -> Vec<Sample> {
         self.samples.try_iter().collect()
+    }
+
+    /// How long the oldest request that has not ended has been due.
+    #[must_use]
+    pub fn behind(&self) -> Duration {
+        let oldest = self.open.change(|open| open.first().copied());
+        oldest.map_or(Duration::ZERO, |due| Micros::now().since(due))
+    }
+
+    /// Waits until every request that was due before `until` has ended; each does, within a minute
+    /// of its turn.
+    ///
+    /// # Errors
+    /// An interrupt comes.
+    pub fn settle(&self, until: Micros, interrupt: &Interrupt) -> Result<(), Interrupted> {
+        while self
+            .open
+            .change(|open| open.first().is_some_and(|due| *due < until))
+        {
+            interrupt.sleep(STEP)?;
+        }
+        Ok(())
     }
 
     /// Sends no more, waits for what is under way, and returns what has ended since the last call.
@@ -210,8 +251,23 @@ struct Order {
     id: u64,
 }
 
+/// Where requests are told that have ended.
+#[derive(Debug, Clone)]
+struct Told {
+    samples: Sender<Sample>,
+    open: Open,
+}
+
+impl Told {
+    fn tell(&self, sample: Sample) {
+        // Who waits for it to end then finds it.
+        let _ = self.samples.send(sample);
+        self.open.change(|open| open.remove(&sample.due));
+    }
+}
+
 /// Makes every request due at its moment.
-fn order(spec: &LoadSpec, end: &AtomicBool, orders: &Sender<Order>, told: &Sender<Sample>) {
+fn order(spec: &LoadSpec, end: &AtomicBool, orders: &Sender<Order>, told: &Told) {
     let start = Micros::now();
     let gap = Duration::from_secs_f64(1.0 / spec.rate.max(0.01));
     let mut dice = Dice(1);
@@ -229,9 +285,10 @@ fn order(spec: &LoadSpec, end: &AtomicBool, orders: &Sender<Order>, told: &Sende
         }
         let action = choose(spec.writes, dice.roll(), dice.roll());
         let id = u64::from(dice.next());
+        told.open.change(|open| open.insert(due));
         if orders.try_send(Order { action, due, id }).is_err() {
             let (done, ending) = (Micros::now(), Ending::Lost);
-            let _ = told.send(Sample {
+            told.tell(Sample {
                 action,
                 due,
                 done,
@@ -251,7 +308,7 @@ fn choose(writes: f64, first: f64, second: f64) -> Action {
 }
 
 /// Sends what is due over one connection.
-fn work(client: Client, front: SocketAddrV4, due: &Receiver<Order>, told: &Sender<Sample>) {
+fn work(client: Client, front: SocketAddrV4, due: &Receiver<Order>, told: &Told) {
     let mut kept = Some(client);
     for Order { action, due, id } in due {
         let target = format!("/{}?id={id}", action.name());
@@ -266,7 +323,7 @@ fn work(client: Client, front: SocketAddrV4, due: &Receiver<Order>, told: &Sende
         };
         let ending = attempt().unwrap_or(Ending::Lost);
         let done = Micros::now();
-        let _ = told.send(Sample {
+        told.tell(Sample {
             action,
             due,
             done,

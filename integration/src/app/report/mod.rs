@@ -63,6 +63,8 @@ pub struct Report {
     pub environment: serde_json::Value,
     /// One line for a person.
     pub setting: String,
+    /// What a person should know before believing the figures.
+    pub notices: Vec<String>,
     /// In their order.
     pub runs: Vec<Run>,
 }
@@ -94,6 +96,9 @@ impl Report {
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
+        for notice in &self.notices {
+            let _ = writeln!(text, "note: {notice}\n");
+        }
         for (title, rows) in self.tables() {
             let _ = writeln!(text, "{title}");
             text += &columns(&rows);
@@ -215,7 +220,8 @@ fn megabytes(bytes: u64) -> String {
 }
 
 fn megabytes_f(bytes: f64) -> String {
-    format!("{:.2} MB", bytes / 1e6)
+    // The sum of nothing is -0.
+    format!("{:.2} MB", bytes / 1e6 + 0.0)
 }
 
 /// Rows with their cells under each other.

@@ -16,9 +16,13 @@ pub(super) fn page(report: &Report, picture: &str) -> String {
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width\">\
          <title>What users feel of a move</title><style>{STYLE}</style></head><body>\n\
-         <h1>What users feel of a move</h1>\n<p>{}</p>\n{picture}",
+         <h1>What users feel of a move</h1>\n<p>{}</p>\n",
         escaped(&report.setting)
     );
+    for notice in &report.notices {
+        let _ = writeln!(html, "<p class=\"violated\">{}</p>", escaped(notice));
+    }
+    html.push_str(picture);
     for (title, rows) in report.tables() {
         let _ = writeln!(
             html,
