@@ -25,12 +25,18 @@ REAL_QEMU_TESTS := $(AS_ROOT) $(CHECKED) --test faults --test real_qemu
 SLOW_ON_ONE := --skip every_benchmark_runs
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-patched lint bench faults build build-checked qemu qemu-check qemu-base setup clean help
+.PHONY: demo app app-image test test-patched lint bench faults build build-checked qemu qemu-check qemu-base setup clean help
 
 demo: build ## three VMs move between two hosts: sequential, parallel, muster (ARGS=...)
 	$(TESTBED) demo $(ARGS)
 
-test: setup lint build-checked qemu ## everything: lints, unit tests, stock and patched QEMU, the protocol
+app: build app-image ## what users of web, app and db feel of a move over a WAN, per policy (ARGS=...)
+	$(TESTBED) app $(ARGS)
+
+app-image: ## kernel, nginx, redis and app server for the guests of `make app`, in target/app-image
+	scripts/build-app-image.sh
+
+test: setup lint build-checked qemu app-image ## everything: lints, unit tests, stock and patched QEMU, the protocol
 	$(CHECKED) --lib --bins
 	$(CHECKED) --exclude muster-testbed --test '*'
 	$(CHECKED) --doc
@@ -38,7 +44,7 @@ test: setup lint build-checked qemu ## everything: lints, unit tests, stock and 
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 	MUSTER_QEMU=$(STOCK_QEMU) MUSTER_SIDECAR=$(abspath $(TARGET))/checked/muster-sidecar $(SUDO) scripts/protocol-test.sh
 
-test-patched: build-checked qemu ## only the tests with real QEMU, on the patched one
+test-patched: build-checked qemu app-image ## only the tests with real QEMU, on the patched one
 	MUSTER_QEMU=$(PATCHED_QEMU) $(REAL_QEMU_TESTS)
 
 build-checked: setup

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs what Muster's testbed needs on Debian 12 and 13: QEMU 8.1 or newer, iproute2, procps,
-# Python with venv, and a C linker for Rust; with argument `qemu`, what building the patched QEMU
+# Installs what Muster's testbed needs on Debian 12 and 13: QEMU 8.1 or newer, qemu-utils, iproute2, nftables,
+# procps, Python with venv, and a C linker for Rust; with argument `qemu`, what building the patched QEMU
 # needs as well. Does nothing, and needs no root, when all is there.
 set -euo pipefail
 
@@ -37,7 +37,9 @@ missing() {
     at_least "$(qemu_version)" "$QEMU_MIN" || echo qemu-system-x86
     PATH=$PATH:/usr/sbin:/sbin
     command -v ip >/dev/null && command -v tc >/dev/null || echo iproute2
+    command -v nft >/dev/null || echo nftables
     command -v ps >/dev/null || echo procps
+    command -v qemu-img >/dev/null && command -v qemu-io >/dev/null || echo qemu-utils
     command -v python3 >/dev/null || echo python3
     python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv
     command -v cc >/dev/null || echo gcc
@@ -125,7 +127,7 @@ fi
 . /etc/os-release
 case "${ID:-}:${VERSION_ID:-}" in
 debian:12 | debian:13) codename=$VERSION_CODENAME ;;
-*) die "packages are missing (${packages[*]}) and are only installed on Debian 12 and 13, this is ${PRETTY_NAME:-unknown}; install QEMU $QEMU_MIN or newer, iproute2, procps, python3 with venv, gcc and the C library's headers, then run this again" ;;
+*) die "packages are missing (${packages[*]}) and are only installed on Debian 12 and 13, this is ${PRETTY_NAME:-unknown}; install QEMU $QEMU_MIN or newer, iproute2, nftables, procps, python3 with venv, gcc and the C library's headers, then run this again" ;;
 esac
 
 echo "setup: installing ${packages[*]}"

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use coordinator::scheduler::group::ByDelayedStart;
 use coordinator::scheduler::impact::Traffic;
 use coordinator::scheduler::order::large::{self, Effort};
-use coordinator::scheduler::order::{Ordered, Problem, Search, find};
+use coordinator::scheduler::order::{Ordered, Problem, Search, find, rest};
 use coordinator::scheduler::schedule::{Limits, Load};
 use criterion::{BenchmarkId, Criterion};
 
@@ -172,6 +172,27 @@ fn times(criterion: &mut Criterion) {
     let start = instance.find(Search::Large).groups;
     bench.bench_function(BenchmarkId::new("improve", 100), |b| {
         b.iter(|| instance.with(|problem| large::anneal::anneal(problem, &start, &effort, 1)));
+    });
+    // And when a tenth of the VMs has moved, and the link carries less than was told.
+    let narrow = Instance {
+        limits: Limits::link(24e6),
+        ..instance
+    };
+    let first = start.iter().scan(0, |moved, group| {
+        *moved += group.len();
+        (*moved <= 10).then_some(group)
+    });
+    let mut moved = vec![false; 100];
+    for &vm in first.flatten() {
+        moved[vm] = true;
+    }
+    bench.bench_function(BenchmarkId::new("rest", 100), |b| {
+        b.iter(|| {
+            narrow.with(|problem| {
+                let found = rest::quick(problem.time, problem.traffic, &moved, &start);
+                black_box(found.expect("valid"))
+            })
+        });
     });
     bench.finish();
 }

@@ -1,8 +1,8 @@
 //! What a group's migration has to pass through, how long a remainder takes, and how the bandwidth
 //! is shared.
 //!
-//! - What a migration may use: the bandwidth without the reserve of the application's own traffic. The
-//!   reserve is taken off here and nowhere else ([`Allowance::usable`]).
+//! - What a migration may use: the bandwidth, a link or an interface without the reserve of the
+//!   application's own traffic ([`Allowance::usable`], [`Allowance::usable_of`]).
 //! - Downtime of a stop-and-copy: D = max over every cut c (the application's bandwidth, links,
 //!   network interfaces) of Σ R_i / rate_c over the VMs that cross it.
 //! - Shares in pre-copy: held VMs need their dirty rate d_i; the surplus goes to the laggards in
@@ -29,6 +29,12 @@ impl Allowance {
     pub fn usable(&self) -> Option<BytesPerSecond> {
         let left = self.bandwidth?.0.checked_sub(self.reserve.0);
         left.filter(|rate| *rate > 0).map(BytesPerSecond)
+    }
+
+    /// What a migration may use of a link or an interface of this rate.
+    #[must_use]
+    pub fn usable_of(&self, rate: BytesPerSecond) -> BytesPerSecond {
+        BytesPerSecond(rate.0.saturating_sub(self.reserve.0).max(1))
     }
 
     /// The same for a move, which begins when it is known: else only what the file says of links
@@ -77,14 +83,14 @@ impl Capacity {
             // Full duplex: each direction has the link's rate.
             for (x, y) in [(a, b), (b, a)] {
                 cuts.push(Cut {
-                    rate: link.rate,
+                    rate: app.allowance.usable_of(link.rate),
                     members: crossing(&|from, to| from == x && to == y),
                 });
             }
         }
         for (index, host) in app.hosts.iter().enumerate() {
             let here = HostId(index);
-            if let Some(rate) = host.nic {
+            if let Some(rate) = host.nic.map(|rate| app.allowance.usable_of(rate)) {
                 for members in [
                     crossing(&|from, _| from == here),
                     crossing(&|_, to| to == here),

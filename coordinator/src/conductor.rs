@@ -2,6 +2,8 @@
 //! those that have moved already. Pure, like the engine under it. Groups that take turns after a bulk
 //! copy of all of them (COMMA's two stages) are in `stages.rs`.
 
+mod bandwidth;
+mod replan;
 mod stages;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -10,7 +12,7 @@ use std::time::Duration;
 use rate_limiter::BytesPerSecond;
 use serde_json::Value;
 use sidecar::protocol::command::PrepareDisk;
-use sidecar::protocol::event::Envelope;
+use sidecar::protocol::event::{Envelope, Event};
 use sidecar::protocol::types::Transport;
 use uuid::Uuid;
 
@@ -20,6 +22,10 @@ use crate::engine::{GroupRun, GroupSpec, Limits, Member, Output, VmProgress};
 use crate::policy::{Concurrency, Plan, PlannedGroup};
 use crate::report::Outcome;
 use crate::scheduler::allot::parked_rate;
+use crate::scheduler::paths::Paths;
+use replan::Replan;
+
+pub use replan::{Planning, Replanned};
 
 /// What a group was started for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +84,12 @@ pub struct Conductor<'a, R> {
     started: Vec<Started>,
     waiting: VecDeque<(usize, Purpose)>,
     down: BTreeMap<HostId, String>,
+    /// What the paths are found to carry.
+    paths: Paths,
+    /// What the plan was made with, and is to be made anew with.
+    replan: Replan,
+    /// The planned groups in the order of their turns, where they take turns.
+    turns: Vec<usize>,
     interrupted: bool,
     outcome: Option<Outcome>,
 }
@@ -93,6 +105,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
         let waiting = (0..plan.groups.len())
             .map(|index| (index, Purpose::Forward))
             .collect();
+        let turns = (0..plan.groups.len()).collect();
         Self {
             app,
             plan,
@@ -103,6 +116,9 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             started: Vec::new(),
             waiting,
             down: BTreeMap::new(),
+            paths: Paths::new(&app.allowance),
+            replan: Replan::default(),
+            turns,
             interrupted: false,
             outcome: None,
         }
@@ -162,6 +178,9 @@ impl<'a, R: Randomness> Conductor<'a, R> {
     /// An event from a sidecar.
     pub fn handle_event(&mut self, now: Duration, host: HostId, envelope: &Envelope) {
         self.each(|group| group.handle_event(now, host, envelope));
+        if matches!(envelope.event, Event::Status { .. }) {
+            self.look_at_paths(now);
+        }
         self.settle(now);
     }
 
@@ -277,7 +296,11 @@ impl<'a, R: Randomness> Conductor<'a, R> {
     fn share(&mut self, now: Duration, active: usize) {
         let parts = u64::try_from(active).unwrap_or(1).max(1);
         let share = BytesPerSecond((self.app.allowance.for_move().0 / parts).max(1));
-        self.each(|group| group.set_bandwidth(now, share));
+        self.each(|group| {
+            group.set_company(active > 1);
+            group.set_bandwidth(now, share);
+        });
+        self.share_paths(now);
     }
 
     /// How the latest attempt of a planned group ended.
@@ -362,6 +385,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             Concurrency::OneAfterAnother => 1,
             Concurrency::AllAtOnce | Concurrency::TwoStages => self.waiting.len(),
         };
+        self.replan.has_started();
         let next: Vec<(usize, Purpose)> = self.waiting.drain(..count).collect();
         for (planned, purpose) in next {
             self.start(now, planned, purpose);
@@ -416,6 +440,8 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 machine: self.machines.get(&id).cloned(),
                 transport: self.transports.get(&id).copied().unwrap_or_default(),
                 disks: self.disks.get(&id).cloned().unwrap_or_default(),
+                min_write_rate: app.vm(id).min_write_rate,
+                max_throttle: app.vm(id).max_throttle.unwrap_or(app.max_throttle),
                 profile: app.vm(id).profile,
             })
             .collect();
@@ -438,6 +464,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
         for (host, error) in &self.down {
             group.handle_lost(now, *host, error);
         }
+        group.set_paths(now, &self.narrow_for(&ends));
         group.begin(now);
         self.started.push(Started {
             planned,

@@ -2,9 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rate_limiter::Bytes;
 use sidecar::protocol::command::Command;
 use sidecar::protocol::command::RunArgs;
 use sidecar::protocol::event::Event;
@@ -12,13 +14,14 @@ use uuid::Uuid;
 
 use crate::application::{Application, HostId, Policy};
 use crate::client::{Client, Message, Sender};
-use crate::conductor::{Conductor, SystemRandom};
+use crate::conductor::{Conductor, Replanned, SystemRandom};
 use crate::engine::{Output, Step};
 use crate::observer::{GroupName, Observer, Progress};
 use crate::policy::{can_run, plan};
 use crate::preflight;
 use crate::report::assemble::{Times, assemble};
-use crate::report::{MoveReport, Outcome};
+use crate::report::predicted::predict;
+use crate::report::{Adaptation, AdaptationKind, MoveReport, Outcome};
 use crate::survey::{self, Wanted};
 
 /// The interrupt flag is looked at this often.
@@ -78,8 +81,7 @@ pub fn run(
         notes = survey::complete(&mut completed, &wanted, &client, &options.interrupt)
             .map_err(|error| refused(&error))?;
     }
-    let app = &completed;
-    let verdict = preflight::judge(app, policy, &facts);
+    let verdict = preflight::judge(&completed, policy, &facts);
     if !verdict.problems.is_empty() {
         return Err(RunError::Preflight {
             problems: verdict.problems,
@@ -88,8 +90,17 @@ pub fn run(
     if options.interrupt.load(Ordering::Relaxed) > 0 {
         return Err(RunError::Interrupted);
     }
+    // Disks that move are part of what is planned, whether or not the file says how large they are.
+    for (id, disks) in &verdict.disks {
+        let size = disks.iter().map(|disk| disk.size_bytes).sum();
+        if size > 0 {
+            completed.vms[id.0].profile.disk.get_or_insert(Bytes(size));
+        }
+    }
+    let app = &completed;
     let plan = plan(app, policy).map_err(|error| refused(&error))?;
     notes.extend(plan.notes.iter().cloned());
+    notes.extend(deadline_note(app, policy));
     let heart = Heart::new(client.sender());
     let mut drive = Drive {
         app,
@@ -106,16 +117,37 @@ pub fn run(
         next_progress: Duration::ZERO,
         times: Times::default(),
         ended: HashSet::new(),
+        planning: None,
+        adaptations: Vec::new(),
     };
     drive.run(&options.interrupt);
     drive.times.ended_at_us = unix_us();
     drive.forget();
     let outcome = drive.conductor.outcome().unwrap_or(Outcome::NeedsAttention);
     let mut report = assemble(app, policy, outcome, drive.conductor.started(), drive.times);
+    report.adaptations = drive.adaptations;
     report
         .notices
         .splice(0..0, verdict.notes.into_iter().chain(notes));
     Ok(report)
+}
+
+/// What is to be expected of the deadline, where it can be said. That it is missed, the plans of `muster`
+/// and `comma` say themselves.
+fn deadline_note(app: &Application, policy: Policy) -> Option<String> {
+    app.deadline?;
+    let planned = predict(app, policy, &[]).ok()?;
+    let deadline = planned.deadline?;
+    let spare = deadline.limit_s - deadline.needed_s;
+    let says_itself = matches!(policy, Policy::Muster | Policy::Comma);
+    match deadline.met {
+        true => Some(format!(
+            "the deadline of {:.0} s is met with about {spare:.0} s to spare",
+            deadline.limit_s
+        )),
+        false if says_itself => None,
+        false => planned.notes.last().cloned(),
+    }
 }
 
 /// The time now: unix time in microseconds.
@@ -143,6 +175,9 @@ struct Drive<'a, 'o> {
     times: Times,
     /// Runs that are over on a host.
     ended: HashSet<(HostId, Uuid)>,
+    /// The search that is made beside the move.
+    planning: Option<Receiver<Replanned>>,
+    adaptations: Vec<Adaptation>,
 }
 
 impl Drive<'_, '_> {
@@ -172,6 +207,7 @@ impl Drive<'_, '_> {
                 self.conductor.interrupt(self.now());
                 self.carry_out();
             }
+            self.plan_again();
             let now = self.now();
             if self.conductor.poll_timeout().is_some_and(|due| due <= now) {
                 self.conductor.handle_timeout(now);
@@ -184,6 +220,33 @@ impl Drive<'_, '_> {
         }
         self.carry_out();
         self.progress();
+    }
+
+    /// Takes the answer of a search beside the move, and begins another where one is asked for.
+    fn plan_again(&mut self) {
+        let found = self.planning.as_ref().map(Receiver::try_recv);
+        match found {
+            Some(Ok(found)) => {
+                self.planning = None;
+                self.conductor.handle_replanned(found);
+                self.carry_out();
+            }
+            // A thread that failed has no answer.
+            Some(Err(TryRecvError::Disconnected)) => self.planning = None,
+            Some(Err(TryRecvError::Empty)) | None => {}
+        }
+        // One at a time: what has changed meanwhile asks again.
+        if self.planning.is_some() {
+            return;
+        }
+        if let Some(planning) = self.conductor.poll_planning() {
+            let (answer, found) = channel();
+            // It ends by itself, and nobody may listen any more.
+            std::thread::spawn(move || {
+                let _ = answer.send(planning.run());
+            });
+            self.planning = Some(found);
+        }
     }
 
     /// Runs that ended cleanly on every host need their records no more. What cannot be reached
@@ -296,6 +359,14 @@ impl Drive<'_, '_> {
             Step::Preparing => self.heart.add(args, &hosts),
             Step::Ended(_) => self.heart.remove(args),
             _ => {}
+        }
+        if let Some(kind) = AdaptationKind::of(step) {
+            let since = unix_us().saturating_sub(self.times.started_at_us.unwrap_or_else(unix_us));
+            self.adaptations.push(Adaptation {
+                at_s: Duration::from_micros(u64::try_from(since).unwrap_or(0)).as_secs_f64(),
+                kind,
+                what: step.to_string(),
+            });
         }
         self.observe(|observer| observer.step(&name, step));
     }

@@ -43,6 +43,7 @@ pub mod screen;
 pub mod simulation;
 pub mod status;
 pub mod survey;
+pub mod traffic;
 
 pub use application::Application;
 pub use drive::{RunError, RunOptions, run};

@@ -19,6 +19,9 @@ pub struct Plan {
     /// Whether VMs are held until their group is released; without it each switches over as soon
     /// as it converges.
     pub hold: bool,
+    /// Whether groups that have not started may be made anew in the move, from what was measured: those
+    /// of `muster`, where the scheduler made them.
+    pub may_change: bool,
     /// What a person should know of how it was made.
     pub notes: Vec<String>,
 }
@@ -105,7 +108,18 @@ pub fn plan(app: &Application, policy: Policy) -> Result<Plan, CannotRun> {
             concurrency: Concurrency::TwoStages,
             ..by_scheduler(app, policy, Scheme::Delayed)?
         },
-        Policy::Muster => by_scheduler(app, policy, Scheme::Together)?,
+        Policy::Muster => {
+            let plan = by_scheduler(app, policy, Scheme::Together)?;
+            // While disks are copied, memory only gets dirty again.
+            let concurrency = match app.has_disks() {
+                true => Concurrency::TwoStages,
+                false => plan.concurrency,
+            };
+            Plan {
+                concurrency,
+                ..plan
+            }
+        }
     };
     Ok(plan)
 }
@@ -118,7 +132,8 @@ fn each_alone(app: &Application, concurrency: Concurrency) -> Plan {
     Plan {
         groups: app.vm_ids().map(alone).collect(),
         concurrency,
-        hold: false,
+        hold: app.ends_by_rule || app.has_disks(),
+        may_change: false,
         notes: Vec::new(),
     }
 }
@@ -131,6 +146,7 @@ fn one_group(app: &Application, scheme: Scheme) -> Plan {
         }],
         concurrency: Concurrency::OneAfterAnother,
         hold: true,
+        may_change: false,
         notes: Vec::new(),
     }
 }
@@ -162,6 +178,7 @@ fn by_scheduler(app: &Application, policy: Policy, scheme: Scheme) -> Result<Pla
             "as the file describes the VMs, {reason}; all move as one group, and \
              on-non-convergence decides"
         ));
+        plan.notes.extend(found.notes);
         return Ok(plan);
     }
     let mut plan = together();
@@ -175,12 +192,16 @@ fn by_scheduler(app: &Application, policy: Policy, scheme: Scheme) -> Result<Pla
         })
         .collect();
     plan.notes = found.notes;
+    // Which groups hold a VM of every tier depends on all of them.
+    plan.may_change = policy == Policy::Muster && !app.replica_groups;
     Ok(plan)
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use sidecar::protocol::types::{Chain, CopyMode};
 
     use super::*;
 
@@ -279,6 +300,23 @@ mod tests {
         let found = plan(&hot, Policy::Muster).expect("a plan");
         assert_eq!(sizes(&found), [2]);
         assert!(found.notes[0].contains("db"), "{:?}", found.notes);
+    }
+
+    #[test]
+    fn local_disks_are_copied_in_a_stage_of_their_own() {
+        let mut app = app("", &[("web", None), ("db", None)]);
+        app.vms[0].disks = vec![crate::application::Disk {
+            node: "disk0".into(),
+            copy_mode: CopyMode::Background,
+            chain: Chain::Flatten,
+        }];
+        let found = plan(&app, Policy::Muster).expect("a plan");
+        assert_eq!(found.concurrency, Concurrency::TwoStages);
+        for policy in Policy::ALL {
+            assert!(plan(&app, policy).expect("a plan").hold, "{policy}");
+        }
+        let alone = plan(&app, Policy::Parallel).expect("a plan");
+        assert_eq!(sizes(&alone), [1, 1]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use sidecar::protocol::types::{
 };
 use uuid::Uuid;
 
+use crate::engine::Step;
 use predicted::Prediction;
 
 /// Version of the JSON form.
@@ -98,8 +99,46 @@ pub struct MoveReport {
     pub groups: Vec<GroupMove>,
     /// What was to be expected beforehand, and the error.
     pub prediction: Prediction,
+    /// What was changed in the course of the move because of what was measured.
+    pub adaptations: Vec<Adaptation>,
     /// Everything a person should know: lost leases, doubts, stock QEMU's costs.
     pub notices: Vec<String>,
+}
+
+/// Something that was changed because of what was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Adaptation {
+    /// Since the first `start`, in seconds.
+    pub at_s: f64,
+    /// What kind of change it was.
+    pub kind: AdaptationKind,
+    /// In words.
+    pub what: String,
+}
+
+/// Kinds of changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdaptationKind {
+    /// A path carries another rate than was thought.
+    Bandwidth,
+    /// Groups that had not started were made, or ordered, anew.
+    Plan,
+    /// vCPUs were slowed, or are at full speed again.
+    Throttle,
+}
+
+impl AdaptationKind {
+    /// That of a step, if it is one.
+    #[must_use]
+    pub fn of(step: &Step) -> Option<Self> {
+        match step {
+            Step::Bandwidth { .. } => Some(Self::Bandwidth),
+            Step::Planned { .. } => Some(Self::Plan),
+            Step::Throttled { .. } => Some(Self::Throttle),
+            _ => None,
+        }
+    }
 }
 
 /// One group: VMs that switch over together.

@@ -2,21 +2,15 @@
 //! the runs are laid side by side.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use coordinator::application::Policy;
-use coordinator::engine::Step;
-use coordinator::live::Live;
-use coordinator::observer::{GroupName, Observer, Progress};
 use coordinator::report::{Outcome, table, timeline};
 use coordinator::{MoveReport, RunOptions};
 use rate_limiter::{BytesPerSecond, units};
 use serde_json::{Value, json};
-use sidecar::protocol::event::Envelope;
 
 use crate::clock::Micros;
 use crate::guest::GuestSpec;
@@ -24,6 +18,7 @@ use crate::lab::verify::{Seen, read_ticks, verify_stopped, wait_for_all};
 use crate::lab::{Lab, LabSpec};
 use crate::qemu::{Accel, AccelChoice, accel, installed};
 use crate::signals::Interrupt;
+use crate::watch::Watch;
 
 /// Guests of the default application: small, middle and large dirty rate and working set.
 const GUESTS: [&str; 3] = [
@@ -62,30 +57,6 @@ pub struct DemoOptions {
     /// Where the picture goes.
     #[arg(long, default_value = "target/demo/timeline.svg")]
     pub svg: PathBuf,
-}
-
-/// Passes a move on to the live display, and Ctrl-C to the coordinator.
-struct Watch<'a> {
-    live: Live,
-    interrupt: &'a Interrupt,
-    asked: Arc<AtomicU8>,
-}
-
-impl Observer for Watch<'_> {
-    fn event(&mut self, host: &str, envelope: &Envelope) {
-        self.live.event(host, envelope);
-    }
-
-    fn step(&mut self, group: &GroupName, step: &Step) {
-        self.live.step(group, step);
-    }
-
-    fn progress(&mut self, progress: &Progress) {
-        if self.interrupt.check().is_err() {
-            self.asked.store(1, Ordering::Relaxed);
-        }
-        self.live.progress(progress);
-    }
 }
 
 /// One move with what was seen of it from outside.
@@ -220,15 +191,10 @@ fn run_once(lab: &Lab, policy: Policy, from: &str, to: &str, interrupt: &Interru
         policy: Some(policy),
         ..RunOptions::default()
     };
-    let asked = Arc::clone(&options.interrupt);
-    let mut watch = Watch {
-        live: Live::new(false),
-        interrupt,
-        asked,
-    };
+    let mut watch = Watch::new(&options, interrupt);
     let since = Micros::now();
     let report = coordinator::run(&app, &options, &mut watch)?;
-    watch.live.finish();
+    watch.finish();
     let mut seen = Vec::new();
     if report.result == Outcome::Committed {
         wait_for_all(lab, to, SETTLE_LIMIT)?;
@@ -322,7 +288,7 @@ fn report_json(options: &DemoOptions, accel: Accel, runs: &[Run]) -> Result<Valu
     }))
 }
 
-fn kernel() -> String {
+pub(crate) fn kernel() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .unwrap_or_default()
         .trim()

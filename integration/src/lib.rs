@@ -3,6 +3,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod app;
 pub mod bench;
 pub mod clock;
 pub mod demo;
@@ -12,8 +13,10 @@ pub mod lab;
 pub mod memory;
 pub mod net;
 pub mod process;
+pub mod proof;
 pub mod qemu;
 pub mod qmp;
 pub mod signals;
 mod sys;
 pub mod ticks;
+pub mod watch;

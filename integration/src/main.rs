@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use rate_limiter::BytesPerSecond;
+use testbed::app::{self, AppOptions};
 use testbed::bench::{self, BenchOptions};
 use testbed::clock::Micros;
 use testbed::demo::{self, DemoOptions};
@@ -15,6 +16,7 @@ use testbed::guest::{GuestSpec, check};
 use testbed::memory::GuestRam;
 use testbed::net::{Network, throughput};
 use testbed::process::Isolation;
+use testbed::proof::{self, ProofOptions};
 use testbed::qemu::{AccelChoice, Launch, Role, accel};
 use testbed::signals::{Interrupt, Interrupted};
 use testbed::ticks::Collector;
@@ -46,10 +48,14 @@ enum Subcommands {
     },
     /// Moves three guests between two hosts under each policy and shows what each costs.
     Demo(DemoOptions),
+    /// Moves web, app and db in Linux guests over a WAN under each policy, and shows what users feel.
+    App(AppOptions),
     /// Measures what Muster promises, in pairs, and says which bounds were kept.
     Bench(BenchOptions),
     /// Plays the table of faults: signals to every process in every phase of a move.
     Faults(FaultOptions),
+    /// Proves that local disks lose no write: committed moves, and moves that are taken back.
+    Disks(ProofOptions),
     /// The coordinator of a cell of that table.
     #[command(hide = true)]
     FaultsCoordinate {
@@ -89,8 +95,10 @@ fn run(command: Subcommands) -> Result<()> {
             seconds,
         } => show_guest(&guest, accel, seconds, &interrupt),
         Subcommands::Demo(options) => demo::demo(&options, &interrupt),
+        Subcommands::App(options) => app::app(&options, &interrupt),
         Subcommands::Bench(options) => bench::bench(&options, &interrupt),
         Subcommands::Faults(options) => faults::faults(&options, &interrupt),
+        Subcommands::Disks(options) => proof::disks(&options, &interrupt),
         Subcommands::FaultsCoordinate { file, socket } => {
             // Its exit code is told over the socket.
             steer::coordinate(&file, &socket).map(|_| ())

@@ -44,6 +44,10 @@ fn main() {
             "not run: what needs a patched QEMU (`make qemu` builds it, MUSTER_QEMU names it)"
         );
     }
+    let patched_kvm = cases::PATCHED_KVM_CASES
+        .iter()
+        .map(|case| (case, &[Accel::Kvm][..]));
+    let patched = patched.chain(patched_kvm);
     let stock = both.chain(kvm_only).zip(std::iter::repeat(false));
     for (((name, case), accels), needs_patches) in stock.chain(patched.zip(std::iter::repeat(true)))
     {

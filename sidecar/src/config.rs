@@ -31,6 +31,9 @@ pub struct Config {
     /// Limits of this host.
     #[serde(default)]
     pub limits: Limits,
+    /// Programs of this host that are run around a switchover.
+    #[serde(default)]
+    pub hooks: Hooks,
     /// VMs are also found here: `NAME.qmp` is the monitor of VM `NAME`.
     pub qmp_dir: Option<PathBuf>,
     /// The VMs that run here or may come here.
@@ -81,6 +84,18 @@ pub struct Limits {
     pub link: Option<BytesPerSecond>,
 }
 
+/// `[hooks]`: programs with their arguments, for tunnels, names, load balancers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Hooks {
+    /// Run for a VM that leaves, while it still runs, just before it may be paused.
+    #[serde(default)]
+    pub before_switchover: Vec<String>,
+    /// Run for a VM that has left, has come, or has stayed.
+    #[serde(default)]
+    pub after_switchover: Vec<String>,
+}
+
 /// `[[vm]]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -115,6 +130,11 @@ pub struct DiskConfig {
     /// An image that is there already is written over; else it is refused.
     #[serde(default)]
     pub reuse: bool,
+    /// The backing file of a qcow2 image, for disks whose chain is kept.
+    pub backing: Option<PathBuf>,
+    /// What kind of image that is.
+    #[serde(default)]
+    pub backing_format: ImageFormat,
 }
 
 /// Kinds of images that can be made.
@@ -126,6 +146,17 @@ pub enum ImageFormat {
     Raw,
     /// QEMU's own.
     Qcow2,
+}
+
+impl ImageFormat {
+    /// QEMU's name for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 fn default_state_dir() -> PathBuf {
@@ -245,6 +276,20 @@ impl Config {
                 "`control.unix` is longer than {MAX_SOCKET_PATH} bytes"
             ));
         }
+        let hooks = [
+            ("before-switchover", &self.hooks.before_switchover),
+            ("after-switchover", &self.hooks.after_switchover),
+        ];
+        for (name, hook) in hooks {
+            if hook
+                .first()
+                .is_some_and(|program| !program.starts_with('/'))
+            {
+                problems.push(format!(
+                    "`hooks.{name}` must begin with the absolute path of a program"
+                ));
+            }
+        }
         for (index, vm) in self.vms.iter().enumerate() {
             let name = &vm.name;
             if name.is_empty() || name.contains(['/', '\0']) || name.starts_with('.') {
@@ -265,6 +310,14 @@ impl Config {
                 }
                 if vm.disks[..index].iter().any(|other| other.node == *node) {
                     problems.push(format!("VM `{name}`: disk `{node}` is there twice"));
+                }
+                if let Some(backing) = &disk.backing {
+                    if disk.format != ImageFormat::Qcow2 || !backing.is_absolute() {
+                        problems.push(format!(
+                            "VM `{name}`, disk `{node}`: `backing` must be an absolute path, and \
+                             `format` must be \"qcow2\""
+                        ));
+                    }
                 }
                 if !disk.image.is_absolute() {
                     problems.push(format!(

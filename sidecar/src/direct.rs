@@ -172,6 +172,15 @@ impl Appetite {
     }
 }
 
+impl Appetite {
+    /// Whether bytes wait although the stream stays below the pace: then it is the path that limits.
+    #[must_use]
+    pub fn is_kept_short(&self, seen: Progress, bytes_per_s: Option<u64>) -> bool {
+        let most = self.rates[0].max(self.rates[1]);
+        seen.unsent_bytes > 0 && bytes_per_s.is_none_or(|pace| most < pace / 10 * 9)
+    }
+}
+
 /// What a stream gets whatever the weights, with so many bytes waiting in its socket.
 fn least(unsent_bytes: u64) -> BytesPerSecond {
     let per_s = unsent_bytes.saturating_mul(1000) / crate::hold::millis(DRAIN).max(1);
@@ -249,6 +258,21 @@ mod tests {
         let (demand, _) = look(500, seen(601_000, 400_000), Some(1_200_000));
         let drained = BytesPerSecond(4_000_000);
         assert_eq!(demand, Demand::EVERYTHING.with_least(drained));
+    }
+
+    #[test]
+    fn a_stream_below_its_pace_with_bytes_that_wait_is_kept_short_by_the_path() {
+        let now = Instant::now();
+        let mut appetite = Appetite::default();
+        for step in 0..4 {
+            let at = now + Duration::from_millis(50) * step;
+            appetite.observe(at, seen(u64::from(step) * 1_000_000, 9), Some(50_000_000));
+        }
+        // 20 MB/s of 50.
+        assert!(appetite.is_kept_short(seen(0, 9), Some(50_000_000)));
+        assert!(appetite.is_kept_short(seen(0, 9), None));
+        assert!(!appetite.is_kept_short(seen(0, 0), Some(50_000_000)));
+        assert!(!appetite.is_kept_short(seen(0, 9), Some(21_000_000)));
     }
 
     #[test]

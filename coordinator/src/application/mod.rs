@@ -25,6 +25,7 @@
 //! ```
 
 mod control;
+mod mac;
 mod outline;
 mod parse;
 mod reader;
@@ -35,11 +36,12 @@ use std::time::Duration;
 
 use rate_limiter::{Bytes, BytesPerSecond};
 use sidecar::protocol::command::Termination;
-use sidecar::protocol::types::CopyMode;
+use sidecar::protocol::types::{Chain, CopyMode};
 use uuid::Uuid;
 
 use crate::capacity::Allowance;
 pub use control::{ControlAddress, ParseControlAddressError};
+pub use mac::{Mac, NoMac};
 pub use outline::{Outline, OutlineHost, OutlineVm};
 pub use reader::Problem;
 
@@ -81,6 +83,8 @@ pub struct Application {
     pub horizon: Duration,
     /// What to do with a group that never fits `max-downtime`.
     pub on_non_convergence: OnNonConvergence,
+    /// How much a VM's vCPUs may be slowed at most, in percent, unless it says otherwise.
+    pub max_throttle: u8,
     /// What to do with the groups already moved when a later one fails.
     pub on_partial: OnPartial,
     /// Interval of the sidecars' reports.
@@ -93,6 +97,9 @@ pub struct Application {
     pub transport: TransportChoice,
     /// When pre-copy ends for a VM.
     pub termination: Termination,
+    /// Whether the file asks for a rule by which pre-copy ends that QEMU does not have itself: then the
+    /// VMs of every policy are held, those of `sequential` and `parallel` each by itself.
+    pub ends_by_rule: bool,
     /// Whether every tier is to be on both sites while the application is split.
     pub replica_groups: bool,
     /// The hosts.
@@ -136,6 +143,8 @@ pub struct Vm {
     pub name: String,
     /// Its identity: QEMU must report the same.
     pub uuid: Uuid,
+    /// The hardware address of its network card, by which its traffic is counted.
+    pub mac: Option<Mac>,
     /// Its tier, such as `web` or `db`.
     pub tier: Option<String>,
     /// The host it runs on.
@@ -144,8 +153,12 @@ pub struct Vm {
     pub to: HostId,
     /// How its stream goes, where it says so itself.
     pub transport: Option<TransportChoice>,
+    /// How much its vCPUs may be slowed at most, in percent, where it says so itself.
+    pub max_throttle: Option<u8>,
     /// Local disks that move with it; its other disks are on both hosts already.
     pub disks: Vec<Disk>,
+    /// Where they are not copied otherwise, its guest may be slowed to so many bytes per second to each.
+    pub min_write_rate: Option<BytesPerSecond>,
     /// What is known of its memory and disk, for the planner.
     pub profile: VmProfile,
 }
@@ -157,6 +170,8 @@ pub struct Disk {
     pub node: String,
     /// How the guest's writes follow its copy.
     pub copy_mode: CopyMode,
+    /// What of it is copied, where it has a backing file.
+    pub chain: Chain,
 }
 
 /// What is known of a VM's load: what the file says, and what was measured where it says nothing. The
@@ -344,6 +359,26 @@ fn read<T>(
 }
 
 impl Application {
+    /// Whether VMs are held: by the policy, or because the file asks for it, or for their disks. What
+    /// is written to those until a VM is paused has to follow; by the baselines each by itself.
+    #[must_use]
+    pub fn holds(&self, policy: Policy) -> bool {
+        policy.holds() || self.ends_by_rule || self.has_disks()
+    }
+
+    /// Whether local disks move.
+    #[must_use]
+    pub fn has_disks(&self) -> bool {
+        self.vms.iter().any(|vm| !vm.disks.is_empty())
+    }
+
+    /// How much vCPUs may be slowed at most, in percent, where that is allowed.
+    #[must_use]
+    pub fn throttle(&self) -> Option<u8> {
+        let may = self.on_non_convergence == OnNonConvergence::Throttle;
+        may.then_some(self.max_throttle)
+    }
+
     /// Reads the file at `path`.
     ///
     /// # Errors

@@ -23,6 +23,10 @@ pub struct Outline {
     pub allowance: Allowance,
     /// A group is released when what remains crosses in so much time.
     pub max_downtime: Duration,
+    /// How long a group may take until it is released.
+    pub deadline: Option<Duration>,
+    /// How much vCPUs may be slowed at most, in percent, where that is allowed.
+    pub throttle: Option<u8>,
     /// When pre-copy ends for a VM.
     pub termination: Termination,
     /// Whether every tier is to be on both sites while the application is split.
@@ -59,6 +63,8 @@ pub struct OutlineVm {
     pub from: Option<HostId>,
     /// The host it is to run on, where the file says so.
     pub to: Option<HostId>,
+    /// How much its vCPUs may be slowed at most, in percent, where it says so itself.
+    pub max_throttle: Option<u8>,
     /// What is known of its memory and disk.
     pub profile: VmProfile,
 }
@@ -91,6 +97,7 @@ impl Outline {
             tier: vm.tier.clone(),
             from: Some(vm.from),
             to: Some(vm.to),
+            max_throttle: vm.max_throttle,
             profile: vm.profile,
         });
         Self {
@@ -98,6 +105,8 @@ impl Outline {
             policy: app.policy,
             allowance: app.allowance,
             max_downtime: app.max_downtime,
+            deadline: app.deadline,
+            throttle: app.throttle(),
             termination: app.termination,
             replica_groups: app.replica_groups,
             hosts: hosts.collect(),

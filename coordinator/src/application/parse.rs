@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::reader::{Problem, Problems, TableReader, nearest};
 use super::{
-    Application, ControlAddress, FILE_VERSION, HostId, Link, Outline, OutlineHost, OutlineVm,
+    Application, ControlAddress, FILE_VERSION, HostId, Link, Mac, Outline, OutlineHost, OutlineVm,
     Traffic, VmId,
 };
 use draft::{Draft, DraftHost, DraftVm};
@@ -65,6 +65,9 @@ fn read(text: &str, purpose: Purpose) -> Result<(Option<Draft>, Problems<'_>), V
     let traffic = read_traffic(&mut top, &vms, &mut problems);
     let settings = settings::read_settings(&mut top, &names, &mut problems);
     top.finish(&mut problems);
+    if let Some(settings) = &settings {
+        check_reserve(settings, &hosts, &links, &mut problems);
+    }
     let draft = settings
         .filter(|_| problems.is_empty())
         .map(|settings| Draft {
@@ -75,6 +78,32 @@ fn read(text: &str, purpose: Purpose) -> Result<(Option<Draft>, Problems<'_>), V
             traffic,
         });
     Ok((draft, problems))
+}
+
+/// Something has to be left of every link and interface.
+fn check_reserve(
+    settings: &settings::Settings,
+    hosts: &[DraftHost],
+    links: &[Link],
+    problems: &mut Problems<'_>,
+) {
+    let reserve = settings.application.allowance.reserve;
+    let name = |host: HostId| hosts[host.0].known.name.as_str();
+    let nics = hosts.iter().filter_map(|host| {
+        let rate = host.known.nic?;
+        Some((format!("`nic` of host `{}`", host.known.name), rate))
+    });
+    let links = links.iter().map(|link| {
+        let [a, b] = link.between.map(name);
+        (format!("[[link]] between `{a}` and `{b}`"), link.rate)
+    });
+    for (what, rate) in nics.chain(links) {
+        if reserve.0 > 0 && rate <= reserve {
+            let text =
+                format!("`reserve` {reserve} in [application] leaves nothing of {what}, {rate}");
+            problems.at(&(0..0), text);
+        }
+    }
 }
 
 fn check_version(top: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) {
@@ -219,6 +248,7 @@ fn read_vms(
 ) -> Vec<DraftVm> {
     let mut seen = HashMap::new();
     let mut uuids: HashMap<Uuid, String> = HashMap::new();
+    let mut macs: HashMap<Mac, String> = HashMap::new();
     let mut vms = Vec::new();
     for mut reader in tables(top, "vm", problems) {
         let name = name_of(&mut reader, &mut seen, problems);
@@ -260,16 +290,39 @@ fn read_vms(
                 problems.at(span, text);
             }
         }
+        let expected = "a hardware address such as \"52:54:00:12:34:56\"";
+        let mac = reader
+            .parsed::<Mac>(problems, "mac", expected)
+            .map(|found| {
+                if let Some(other) = macs.insert(found.value, name.clone()) {
+                    let text = format!("`mac` of {} is also that of VM `{other}`", reader.name);
+                    problems.at(&found.span, text);
+                }
+                found.value
+            });
         let transport = settings::read_transport(&mut reader, problems);
+        // 0: it is never slowed.
+        let max_throttle = settings::read_max_throttle(&mut reader, problems, 0);
         let disks = disks::read_disks(&mut reader, problems);
+        let min_write_rate = positive_rate(&mut reader, problems, "min-write-rate");
+        if min_write_rate.is_some() && disks.is_empty() {
+            let text = format!(
+                "`min-write-rate` in {} is about its `disks`: it has none",
+                reader.name
+            );
+            problems.at(&reader.span, text);
+        }
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
         vms.push(DraftVm {
             uuid,
+            mac,
             transport,
             disks,
+            min_write_rate,
             known: OutlineVm {
                 name,
+                max_throttle,
                 tier,
                 from: from.map(|(host, _)| host),
                 to: to.map(|(host, _)| host),

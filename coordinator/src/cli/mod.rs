@@ -5,6 +5,7 @@ mod plan;
 mod show;
 mod signals;
 mod simulate;
+mod traffic;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -104,6 +105,8 @@ enum Action {
     },
     /// Shows how a VM dirties its memory: dirty rate, working set, heat map.
     Dirty(dirty::Args),
+    /// Counts what the VMs send each other, as entries of the application file.
+    Traffic(traffic::Args),
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -167,6 +170,7 @@ fn act(action: Action) -> anyhow::Result<u8> {
             settle(&file, run, &wish)
         }
         Action::Dirty(args) => dirty::run(args),
+        Action::Traffic(args) => traffic::run(&args),
     }
 }
 

@@ -1,8 +1,10 @@
 //! Text for `muster check` and `muster status`.
 
 use coordinator::application::{Application, Policy};
+use coordinator::policy::{self, Concurrency};
 use coordinator::preflight::{Facts, Verdict};
 use coordinator::status::HostStatus;
+use coordinator::survey::Wanted;
 use rate_limiter::Bytes;
 use sidecar::protocol::types::QemuBuild;
 
@@ -38,7 +40,7 @@ pub(super) fn checked(
             stock += usize::from(info.qemu_build == QemuBuild::Stock);
         }
     }
-    if stock > 0 && policy.holds() {
+    if stock > 0 && app.holds(policy) {
         lines.push(STOCK_COSTS.into());
     }
     lines.push(format!(
@@ -49,7 +51,48 @@ pub(super) fn checked(
         app.max_downtime.as_millis(),
         app.host(app.register).name
     ));
+    lines.extend(groups(app, policy));
     lines.join("\n")
+}
+
+/// The groups that a move would make of what the file says; before it measures what is left out.
+fn groups(app: &Application, policy: Policy) -> Vec<String> {
+    let plan = match policy::plan(app, policy) {
+        Ok(plan) => plan,
+        Err(error) => return vec![format!("no groups: {error}")],
+    };
+    let together = match plan.concurrency {
+        Concurrency::OneAfterAnother => "one after another",
+        Concurrency::AllAtOnce => "all at once",
+        Concurrency::TwoStages => "all memory first, then their turns",
+    };
+    let count = plan.groups.len();
+    let mut lines = vec![match count {
+        1 => "1 group".to_owned(),
+        _ => format!("{count} groups, {together}"),
+    }];
+    for (index, group) in plan.groups.iter().enumerate() {
+        let names: Vec<&str> = group
+            .vms
+            .iter()
+            .map(|&vm| app.vm(vm).name.as_str())
+            .collect();
+        let scheme = if group.vms.len() > 1 {
+            format!(", by {}", group.scheme)
+        } else {
+            String::new()
+        };
+        lines.push(format!("  {}. {}{scheme}", index + 1, names.join(", ")));
+    }
+    let wanted = Wanted::of_move(app, policy);
+    if !wanted.is_empty() {
+        lines.push(format!(
+            "  a move begins with {}, and may make others",
+            wanted.describe(app)
+        ));
+    }
+    lines.extend(plan.notes.iter().map(|note| format!("note: {note}")));
+    lines
 }
 
 /// What the migration may use, for people.

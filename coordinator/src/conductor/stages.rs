@@ -15,7 +15,6 @@ use rate_limiter::BytesPerSecond;
 
 use super::{Conductor, Purpose, Randomness};
 use crate::application::{HostId, OnPartial, VmId};
-use crate::capacity::Capacity;
 use crate::engine::GroupRun;
 use crate::policy::Concurrency;
 use crate::report::Outcome;
@@ -37,7 +36,10 @@ impl<R: Randomness> Conductor<'_, R> {
             .any(|started| started.group.is_moving() && !started.group.has_copied());
         if is_stage_one {
             self.share_bulk(now);
-        } else if let Some(turn) = self.turn(now) {
+            return;
+        }
+        self.order_turns();
+        if let Some(turn) = self.turn(now) {
             self.share_turn(now, turn);
         }
     }
@@ -95,9 +97,11 @@ impl<R: Randomness> Conductor<'_, R> {
         };
         let why = self.started[first].group.reason().unwrap_or("interrupted");
         let reason = format!("{} did not move: {why}", names(first));
-        for started in &mut self.started {
+        let started = self.started.iter();
+        let after: Vec<bool> = started.map(|one| self.is_after(one.planned, at)).collect();
+        for (started, is_after) in self.started.iter_mut().zip(after) {
             let group = &mut started.group;
-            let is_concerned = ends_all || started.planned > at;
+            let is_concerned = ends_all || is_after;
             let may = group.is_moving() && !group.is_switching();
             if group.outcome().is_none() && is_concerned && may {
                 group.abandon(now, reason.clone());
@@ -120,7 +124,7 @@ impl<R: Randomness> Conductor<'_, R> {
                 vms.extend(of_group);
             }
         }
-        let capacity = Capacity::of(self.app, &ends);
+        let capacity = self.capacity(&ends);
         let mut rates = bulk(&capacity, &vms).rates.into_iter();
         for (index, count) in groups {
             let sum: f64 = rates.by_ref().take(count).sum();
@@ -132,7 +136,7 @@ impl<R: Randomness> Conductor<'_, R> {
     /// Whose turn it is in stage two: the first group in the plan's order that has not moved. Starts
     /// it again where it failed and may be tried once more. Nobody's, where it failed for good.
     fn turn(&mut self, now: Duration) -> Option<usize> {
-        for planned in 0..self.plan.groups.len() {
+        for planned in self.turns.clone() {
             let index = self.latest(planned)?;
             match self.started[index].group.outcome() {
                 None => return Some(index),

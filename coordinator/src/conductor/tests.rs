@@ -8,6 +8,7 @@ use super::*;
 use crate::application::Policy;
 use crate::policy::plan;
 
+mod replan;
 mod two_stages;
 mod world;
 

@@ -44,6 +44,7 @@ impl GroupRun {
 
     /// Goes as far as what is known allows.
     pub(super) fn advance(&mut self, now: Duration) {
+        self.look_at_disks(now);
         match self.stage {
             Stage::Preparing
                 if self
@@ -83,6 +84,7 @@ impl GroupRun {
     }
 
     fn advance_precopy(&mut self, now: Duration) {
+        self.look_at_throttles(now);
         if self.spec.hold {
             if self.may_gather(now) && self.vms.iter().all(|vm| vm.held) {
                 self.all_held_at = Some(now);

@@ -45,6 +45,7 @@ impl GroupRun {
             | Event::Armed { vm, .. }
             | Event::Stopped { vm, .. }
             | Event::Switching { vm }
+            | Event::DisksCopied { vm, .. }
             | Event::Throttled { vm, .. } => {
                 if let Some(index) = self.index_at(vm, Role::Source, host) {
                     self.source_event(now, index, at_us, &envelope.event);
@@ -189,7 +190,21 @@ impl GroupRun {
             return;
         }
         match event {
-            Event::Round { round, .. } => vm.add_round(*round),
+            Event::DisksCopied {
+                remaining_bytes, ..
+            } => {
+                vm.disks_copied = true;
+                vm.disks_left_bytes = *remaining_bytes;
+                let vm = vm.member.name.clone();
+                self.step(Step::DisksCopied { vm });
+            }
+            Event::Round { round, .. } => {
+                // What the next report will say, if not more.
+                if !vm.stopped {
+                    vm.remaining_bytes = vm.remaining_bytes.max(round.dirtied_bytes);
+                }
+                vm.add_round(*round);
+            }
             Event::Held {
                 reason,
                 remaining_bytes,

@@ -15,6 +15,7 @@ use super::hosts::{HostState, Request};
 use super::stages::{CatchUp, Part};
 use super::{GroupSpec, Output, Step};
 use crate::application::HostId;
+use crate::capacity::Cut;
 use crate::report::Outcome;
 
 /// Where the group is.
@@ -46,6 +47,8 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub struct GroupRun {
     pub(super) spec: GroupSpec,
+    /// What the file says of links and interfaces; what was measured of the paths comes to it.
+    pub(super) known_cuts: Vec<Cut>,
     pub(super) stage: Stage,
     pub(super) vms: Vec<VmRun>,
     pub(super) hosts: BTreeMap<HostId, HostState>,
@@ -69,7 +72,12 @@ pub struct GroupRun {
     pub(super) weighed: Option<(Duration, Duration)>,
     pub(super) forced: bool,
     pub(super) hold_sent: bool,
-    pub(super) throttle_step: usize,
+    /// Since when the group is too slow for its deadline.
+    pub(super) slow_since: Option<Duration>,
+    /// That the deadline will be missed was said.
+    pub(super) is_late: bool,
+    /// Other groups are under way, and share the bandwidth.
+    pub(super) has_company: bool,
     pub(super) paced: Option<(Duration, Vec<f64>)>,
     /// When which VM is due to start next, by its position.
     pub(super) next_start: Option<(Duration, usize)>,
@@ -106,6 +114,7 @@ impl GroupRun {
             None => Part::Turn,
         };
         Self {
+            known_cuts: spec.capacity.cuts.clone(),
             spec,
             part,
             turn_at: None,
@@ -125,7 +134,9 @@ impl GroupRun {
             weighed: None,
             forced: false,
             hold_sent: false,
-            throttle_step: 0,
+            slow_since: None,
+            is_late: false,
+            has_company: false,
             paced: None,
             next_start: None,
             past_return: false,
@@ -181,6 +192,11 @@ impl GroupRun {
     /// The next output, in the order in which it must be carried out.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.outputs.pop_front()
+    }
+
+    /// Whether other groups are under way that leave it their part of the bandwidth when they end.
+    pub fn set_company(&mut self, has_company: bool) {
+        self.has_company = has_company;
     }
 
     /// Gives the group another share of the bandwidth.

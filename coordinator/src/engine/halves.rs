@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use rate_limiter::BytesPerSecond;
 use sidecar::protocol::types::{
-    HoldReason, Phase, PhaseEntry, QemuBuild, Role, RoundReport, Side, VmReport,
+    CopyMode, DiskReport, HoldReason, Phase, PhaseEntry, QemuBuild, Role, RoundReport, Side,
+    VmReport,
 };
 
 use super::Member;
+use super::throttle::Throttle;
 use crate::application::VmId;
 use crate::report::Sample;
 use crate::scheduler::{self, allot::Moving};
@@ -49,6 +51,17 @@ pub(super) struct VmRun {
     pub stream: Option<String>,
     /// Whether `start` was sent.
     pub started: bool,
+    /// Whether its memory follows its disks: `start` was sent for more than the disks.
+    pub memory_started: bool,
+    /// Every disk that moves with it was copied once.
+    pub disks_copied: bool,
+    /// What its disks have left, and how fast its guest writes to them.
+    pub disks_left_bytes: u64,
+    pub disk_rate_bytes_per_s: u64,
+    /// Since when its guest writes to its disks nearly as fast as they are copied, and how it was
+    /// slowed.
+    pub hot_since: Option<Duration>,
+    pub disk_limit_bytes_per_s: Option<u64>,
     /// Copied once; what follows waits for stage two.
     pub parked: bool,
     /// It was held while it was parked, and has to catch up.
@@ -65,8 +78,15 @@ pub(super) struct VmRun {
     pub remaining_bytes: u64,
     pub dirty_rate_bytes_per_s: u64,
     pub rate_bytes_per_s: u64,
+    /// When the source made its last report: unix time in microseconds.
+    pub reported_at_us: Option<i64>,
+    /// For how long its stream had waited for the path by then.
+    pub link_wait_ms: u64,
+    /// What it had sent by then.
+    pub reported_bytes: u64,
     pub round: u64,
     pub throttle_percent: u8,
+    pub throttle: Throttle,
     pub memory_bytes: u64,
     /// As its QEMU at the destination has it; 0 while that is unknown.
     pub destination_memory_bytes: u64,
@@ -113,7 +133,14 @@ pub struct VmProgress {
 
 impl VmRun {
     pub(super) fn new(member: Member) -> Self {
+        let sizes = member.disks.iter().map(|disk| disk.size_bytes);
         Self {
+            disks_left_bytes: sizes.fold(0, u64::saturating_add),
+            disk_rate_bytes_per_s: 0,
+            hot_since: None,
+            disk_limit_bytes_per_s: None,
+            memory_started: false,
+            disks_copied: false,
             member,
             source: Half::default(),
             destination: Half::default(),
@@ -131,8 +158,12 @@ impl VmRun {
             remaining_bytes: 0,
             dirty_rate_bytes_per_s: 0,
             rate_bytes_per_s: 0,
+            reported_at_us: None,
+            link_wait_ms: 0,
+            reported_bytes: 0,
             round: 0,
             throttle_percent: 0,
+            throttle: Throttle::default(),
             memory_bytes: 0,
             destination_memory_bytes: 0,
             transferred_bytes: 0,
@@ -146,6 +177,17 @@ impl VmRun {
             resumed_at_us: None,
             error: None,
         }
+    }
+
+    /// Whether local disks move with it.
+    pub(super) fn has_disks(&self) -> bool {
+        !self.member.disks.is_empty()
+    }
+
+    /// Whether its guest's writes wait for the copy of a disk.
+    pub(super) fn is_write_blocking(&self) -> bool {
+        let mut disks = self.member.disks.iter();
+        disks.any(|disk| disk.copy_mode == CopyMode::WriteBlocking)
     }
 
     pub(super) fn half(&mut self, role: Role) -> &mut Half {
@@ -244,6 +286,15 @@ impl VmRun {
         self.memory_bytes = self.memory_bytes.max(report.total_bytes);
         self.round = report.round;
         self.rate_bytes_per_s = report.rate_bytes_per_s;
+        if !report.disks.is_empty() {
+            let sum = |value: fn(&DiskReport) -> u64| report.disks.iter().map(value).sum();
+            self.disks_left_bytes = sum(|disk| disk.remaining_bytes);
+            self.disk_rate_bytes_per_s = sum(|disk| disk.dirty_rate_bytes_per_s);
+            self.disks_copied |= report.disks.iter().all(|disk| disk.ready);
+        }
+        self.reported_at_us = Some(at_us);
+        self.reported_bytes = report.transferred_bytes;
+        self.link_wait_ms = report.link_wait_ms;
         self.throttle_percent = report.throttle_percent;
         if !self.stopped {
             self.remaining_bytes = report.remaining_bytes;

@@ -249,8 +249,14 @@ impl GroupRun {
                 let (name, command) = (self.host_name(host), request.command.name());
                 self.fail(now, format!("{name} refuses {command}: {error}"));
             }
-            (Command::Pace(_) | Command::Throttle(_) | Command::Commit(_), Err(error))
-            | (Command::Finish(_), Err(error)) => {
+            (
+                Command::Pace(_)
+                | Command::Throttle(_)
+                | Command::ThrottleDisks(_)
+                | Command::Commit(_)
+                | Command::Finish(_),
+                Err(error),
+            ) => {
                 let (name, command) = (self.host_name(host), request.command.name());
                 self.notice(format!("{name} refuses {command}: {error}"));
             }

@@ -22,10 +22,12 @@
 //!   (`stages.rs`) waits without one for its turn: that comes when those before it have ended.
 
 mod advance;
+mod brake;
 mod events;
 mod group;
 mod halves;
 mod hosts;
+mod measured;
 mod record;
 mod release;
 mod settle;
@@ -33,6 +35,7 @@ mod share;
 mod stages;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 use std::fmt;
 use std::time::Duration;
@@ -97,6 +100,10 @@ pub struct Member {
     pub transport: Transport,
     /// Local disks that move with it.
     pub disks: Vec<PrepareDisk>,
+    /// Its guest's writes to each of them may be slowed to this.
+    pub min_write_rate: Option<BytesPerSecond>,
+    /// How much its vCPUs may be slowed at most, in percent.
+    pub max_throttle: u8,
     /// What is known of its load beforehand.
     pub profile: VmProfile,
 }
@@ -156,10 +163,29 @@ pub enum Step {
         /// Their names.
         vms: Vec<String>,
     },
-    /// Every VM's memory was copied once: the group waits for its turn.
+    /// Every local disk of a VM was copied once.
+    DisksCopied {
+        /// Its name.
+        vm: String,
+    },
+    /// Every VM's disks, or memory where it has none, were copied once: the group waits for its turn.
     Copied,
     /// Its turn has come.
     Turn,
+    /// A path was found to carry another rate than was thought.
+    Bandwidth {
+        /// Its source's host.
+        from: String,
+        /// Its destination's.
+        to: String,
+        /// What may be used of it from now on; `None`: again all that was told.
+        rate: Option<BytesPerSecond>,
+    },
+    /// What has not started was planned anew: these groups follow, in this order.
+    Planned {
+        /// Their VMs.
+        groups: Vec<Vec<String>>,
+    },
     /// Every VM is in wait-and-copy.
     AllHeld,
     /// Every VM is armed; so long would the switchover take now.
@@ -172,12 +198,19 @@ pub enum Step {
         /// The best seen.
         best: Duration,
     },
-    /// A VM's vCPUs are slowed because the group does not converge.
+    /// A VM's vCPUs are slowed because it, or its group, does not converge; 0: no more.
     Throttled {
         /// The VM.
         vm: String,
         /// In percent.
         percent: u8,
+    },
+    /// A guest's writes to its disks are slowed because these do not get copied.
+    DisksThrottled {
+        /// The VM.
+        vm: String,
+        /// To each disk, in bytes per second.
+        bytes_per_s: u64,
     },
     /// `release` was sent.
     Released {
@@ -230,8 +263,21 @@ impl fmt::Display for Step {
             Self::Prepared => write!(f, "both sides are ready"),
             Self::Started => write!(f, "pre-copy has begun"),
             Self::StartedLater { vms } => write!(f, "pre-copy of {} has begun", vms.join(", ")),
+            Self::DisksCopied { vm } => write!(f, "the disks of {vm} are copied once"),
             Self::Copied => write!(f, "everything is copied once: waiting for stage two"),
             Self::Turn => write!(f, "stage two: what was dirtied meanwhile is sent"),
+            Self::Bandwidth { from, to, rate } => match rate {
+                Some(rate) => write!(f, "{rate} may be used from {from} to {to}: shared anew"),
+                None => write!(f, "{from} to {to} carries what was told again: shared anew"),
+            },
+            Self::Planned { groups } => {
+                let groups: Vec<String> = groups.iter().map(|vms| vms.join(", ")).collect();
+                write!(
+                    f,
+                    "planned anew from what was measured: {}",
+                    groups.join("; then ")
+                )
+            }
             Self::AllHeld => write!(f, "every VM is held in wait-and-copy"),
             Self::Armed { predicted } => {
                 write!(
@@ -247,7 +293,13 @@ impl fmt::Display for Step {
                     ms(best)
                 )
             }
+            Self::Throttled { vm, percent: 0 } => write!(f, "vCPUs of {vm} at full speed again"),
             Self::Throttled { vm, percent } => write!(f, "vCPUs of {vm} slowed by {percent} %"),
+            Self::DisksThrottled { vm, bytes_per_s } => write!(
+                f,
+                "writes of {vm} to each of its disks slowed to {}",
+                BytesPerSecond(*bytes_per_s)
+            ),
             Self::Released { predicted } => {
                 write!(f, "released, {:.0} ms expected", ms(predicted))
             }

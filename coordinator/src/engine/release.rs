@@ -2,22 +2,20 @@
 
 use std::time::Duration;
 
-use sidecar::protocol::command::{Command, ReportIntervalArgs, ThrottleArgs};
+use sidecar::protocol::command::{Command, ReportIntervalArgs};
 use sidecar::protocol::types::QemuBuild;
 
 use super::Step;
 use super::advance::{ms, switch_within};
 use super::group::{GroupRun, Stage};
 use super::halves::VmRun;
-use crate::application::{HostId, OnNonConvergence};
+use super::throttle::SETTLES;
+use crate::application::OnNonConvergence;
 
 pub(super) const ARM_WITHIN: Duration = Duration::from_secs(3);
 pub(super) const STOP_WITHIN: Duration = Duration::from_secs(5);
 /// What a group that is held at its deadline is given to be released.
 pub(super) const LATE_RELEASE: Duration = Duration::from_secs(10);
-/// Throttles of QEMU's auto-converge take effect in steps of 3.2 s.
-const THROTTLE_SETTLES: Duration = Duration::from_secs(4);
-const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
 const REPORT_WHILE_ARMED_MS: u64 = 25;
 /// Longer than two reports take: what looks unchanged has not been looked at again.
 const WEIGH_INTERVAL: Duration = Duration::from_millis(50);
@@ -170,8 +168,12 @@ impl GroupRun {
             OnNonConvergence::Abort => {
                 self.fail(now, format!("{text}; on-non-convergence = abort"));
             }
-            OnNonConvergence::Throttle if self.throttle_step < THROTTLE_STEPS.len() => {
-                self.throttle(now);
+            OnNonConvergence::Throttle if self.throttle_held(now) => {
+                // The next step follows after one attempt that had time to settle.
+                self.all_held_at = Some((now + SETTLES).saturating_sub(limits.horizon));
+                self.stage = Stage::Held {
+                    retry_at: now + SETTLES,
+                };
             }
             _ if self.forced => {
                 let hard = limits.hard_downtime.as_millis();
@@ -181,49 +183,6 @@ impl GroupRun {
                 self.forced = true;
                 self.notice(format!("{text}: it will be released within the hard limit"));
             }
-        }
-    }
-
-    /// Slows the VMs that dirty at least their share, one step more. Who is slowed already stays
-    /// among them: it dirties less for that very reason.
-    fn throttle(&mut self, now: Duration) {
-        let percent = THROTTLE_STEPS[self.throttle_step];
-        self.throttle_step += 1;
-        // The next step follows after one attempt that had time to settle.
-        let horizon = self.spec.limits.horizon;
-        self.all_held_at = Some((now + THROTTLE_SETTLES).saturating_sub(horizon));
-        self.stage = Stage::Held {
-            retry_at: now + THROTTLE_SETTLES,
-        };
-        let count = u64::try_from(self.vms.len()).unwrap_or(1);
-        let sum: u64 = self.vms.iter().map(|vm| vm.dirty_rate_bytes_per_s).sum();
-        let link = self.spec.capacity.rate(self.vms.len()).0;
-        let share = if self.vms.iter().any(|vm| vm.throttle_percent > 0) {
-            sum.max(link)
-        } else {
-            sum
-        };
-        let args = self.args();
-        let chosen: Vec<(HostId, String)> = self
-            .vms
-            .iter()
-            .filter(|vm| {
-                vm.throttle_percent > 0 || vm.dirty_rate_bytes_per_s.saturating_mul(count) >= share
-            })
-            .map(|vm| (vm.member.from, vm.member.name.clone()))
-            .collect();
-        for (host, vm) in chosen {
-            self.step(Step::Throttled {
-                vm: vm.clone(),
-                percent,
-            });
-            let throttle = ThrottleArgs {
-                run: args.run,
-                epoch: args.epoch,
-                vm,
-                percent,
-            };
-            self.send(now, host, Command::Throttle(throttle));
         }
     }
 

@@ -70,7 +70,21 @@ impl GroupRun {
         self.send_shares(now, &rates, false);
         let is_first = self.paced.is_none();
         self.paced = Some((now, rates));
-        self.start_vms(now, &due, is_first);
+        // In stage one only disks are copied of VMs that have some.
+        let is_bulk = matches!(self.part, Part::Bulk { .. });
+        let (disks, whole): (Vec<usize>, Vec<usize>) = due
+            .iter()
+            .partition(|&&vm| is_bulk && self.vms[vm].has_disks());
+        self.start_vms(now, &disks, true);
+        self.start_vms(now, &whole, false);
+        let memory_follows = |&vm: &usize| !self.vms[vm].memory_started;
+        let follow: Vec<usize> = sent_on.into_iter().filter(memory_follows).collect();
+        self.start_vms(now, &follow, false);
+        if !due.is_empty() && !is_first {
+            let names = due.iter().map(|&vm| self.vms[vm].member.name.clone());
+            let vms = names.collect();
+            self.step(Step::StartedLater { vms });
+        }
     }
 
     /// Whether a VM passes something narrower than what the whole group can reach: a weight alone
@@ -93,8 +107,8 @@ impl GroupRun {
         matches!(self.part, Part::Bulk { waits_since: None }) || self.is_narrow(vm)
     }
 
-    /// Sends `start` to these VMs.
-    fn start_vms(&mut self, now: Duration, due: &[usize], is_first: bool) {
+    /// Sends `start` to these VMs: of the disks alone, or of everything.
+    fn start_vms(&mut self, now: Duration, due: &[usize], disks_only: bool) {
         let args = self.args();
         for host in self.sources() {
             let mut vms = BTreeMap::new();
@@ -102,6 +116,7 @@ impl GroupRun {
                 let vm = &mut self.vms[index];
                 if vm.member.from == host {
                     vm.started = true;
+                    vm.memory_started = !disks_only;
                     let stream = vm.stream.clone().unwrap_or_default();
                     vms.insert(vm.member.name.clone(), stream);
                 }
@@ -111,14 +126,10 @@ impl GroupRun {
                     run: args.run,
                     epoch: args.epoch,
                     vms,
+                    disks_only,
                 };
                 self.send(now, host, Command::Start(start));
             }
-        }
-        if !due.is_empty() && !is_first {
-            let names = due.iter().map(|&vm| self.vms[vm].member.name.clone());
-            let vms = names.collect();
-            self.step(Step::StartedLater { vms });
         }
     }
 
@@ -140,6 +151,7 @@ impl GroupRun {
                     let is_limited = self.is_limited(vm);
                     let limit = match self.spec.parked {
                         _ if lift_limits => Some(0),
+                        Some(_) if vm.parked && vm.is_write_blocking() => Some(0),
                         Some(parked) if vm.parked => Some(parked.0),
                         _ if is_limited && vm.held => Some(0),
                         _ if is_limited => Some(share.round().max(1.0) as u64),

@@ -1,8 +1,10 @@
-//! COMMA's two stages (3.2), as one group has them: its memory is copied once, beside that of the
-//! other groups; then its VMs are parked until the conductor gives it its turn, in which what they
-//! have dirtied is sent and they switch over.
+//! COMMA's two stages (3.2), as one group has them: its disks are copied once, beside those of the
+//! other groups; then its VMs are parked until the conductor gives it its turn, in which what was
+//! written meanwhile and the memory are sent, and they switch over. Of a VM without local disks the
+//! memory is what is copied once.
 //!
-//! A parked VM is in pre-copy for its QEMU, or held: nothing but its pace keeps it back. Its pages
+//! The mirrors of a parked VM are held back by its sidecar, and its memory's migration has not begun.
+//! A parked VM without disks is in pre-copy for its QEMU, or held: nothing but its pace keeps it back. Its pages
 //! wait to be sent, and those that are dirtied again meanwhile are sent once (3.4).
 
 use std::time::Duration;
@@ -48,6 +50,12 @@ impl GroupRun {
         }
     }
 
+    /// Whether its turn has not come yet.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.part, Part::Bulk { .. })
+    }
+
     /// Whether it is still on its way to a switchover: not deciding, and not going back.
     #[must_use]
     pub fn is_moving(&self) -> bool {
@@ -76,16 +84,30 @@ impl GroupRun {
     #[must_use]
     pub fn moving(&self) -> Vec<Moving> {
         let parked = self.spec.parked.unwrap_or(BytesPerSecond(1));
+        let is_bulk = matches!(self.part, Part::Bulk { .. });
+        #[allow(clippy::cast_precision_loss, reason = "sizes below 2^53")]
         let of = |vm: &VmRun| {
             let moving = vm.moving();
             let progress = match moving.progress {
+                // Its guest's writes do not wait for the others.
+                _ if vm.parked && vm.is_write_blocking() => Progress::Parked {
+                    bytes_per_s: parked.0.max(vm.disk_rate_bytes_per_s.saturating_mul(2)),
+                },
                 _ if vm.parked => Progress::Parked {
                     bytes_per_s: parked.0,
                 },
                 Progress::Held if vm.is_behind => Progress::Copying,
                 progress => progress,
             };
-            Moving { progress, ..moving }
+            let left_bytes = match is_bulk && vm.has_disks() {
+                true => vm.disks_left_bytes as f64,
+                false => moving.left_bytes,
+            };
+            Moving {
+                progress,
+                left_bytes,
+                ..moving
+            }
         };
         self.vms.iter().map(of).collect()
     }
@@ -140,7 +162,11 @@ impl GroupRun {
         let mut any = false;
         for vm in &mut self.vms {
             // Its second round has begun, or it has nothing left to send.
-            let is_copied = vm.started && (vm.round > 1 || vm.held);
+            let is_memory_copied = vm.round > 1 || vm.held;
+            let is_copied = match vm.has_disks() {
+                true => vm.started && vm.disks_copied,
+                false => vm.started && is_memory_copied,
+            };
             any |= is_copied && !vm.parked;
             vm.parked |= is_copied;
         }

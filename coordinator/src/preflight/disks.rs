@@ -1,7 +1,7 @@
 //! Local disks: whether they are what the file says, and how large.
 
 use sidecar::protocol::command::PrepareDisk;
-use sidecar::protocol::types::{VmEntry, VmInfo};
+use sidecar::protocol::types::{CopyMode, QemuBuild, VmEntry, VmInfo};
 
 use super::Verdict;
 use crate::application::{Application, VmId};
@@ -9,7 +9,6 @@ use crate::application::{Application, VmId};
 /// Looks for the disks of one VM.
 pub(super) fn judge(
     app: &Application,
-    hold: bool,
     info: &VmInfo,
     there: Option<&VmEntry>,
     id: VmId,
@@ -20,12 +19,7 @@ pub(super) fn judge(
     if vm.disks.is_empty() {
         return;
     }
-    if !hold {
-        verdict.problems.push(format!(
-            "VM {}: local disks move only under a policy that holds VMs (lll, vmbuddies, comma, muster)",
-            vm.name
-        ));
-    }
+    let build = info.qemu_build;
     let expected = there.and_then(|entry| entry.disks.as_ref());
     let mut found = Vec::new();
     for disk in &vm.disks {
@@ -50,14 +44,23 @@ pub(super) fn judge(
                     vm.name
                 ));
             }
-            Some(info) if info.read_only => verdict.problems.push(format!(
-                "VM {} at {from}: disk `{node}` is read-only and cannot be moved yet",
-                vm.name
-            )),
             Some(info) => found.push(PrepareDisk {
                 node: node.clone(),
                 size_bytes: info.size_bytes,
-                copy_mode: disk.copy_mode,
+                copy_mode: match disk.copy_mode {
+                    _ if info.read_only => CopyMode::Background,
+                    CopyMode::WriteBlocking if build != QemuBuild::Patched => {
+                        verdict.notes.push(format!(
+                            "VM {}: disk `{node}` is copied in the background: its QEMU is not \
+                             patched, and may crash when a write-blocking copy is given up",
+                            vm.name
+                        ));
+                        CopyMode::Background
+                    }
+                    mode => mode,
+                },
+                chain: disk.chain,
+                read_only: info.read_only,
             }),
         }
     }

@@ -152,7 +152,8 @@ pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     } else {
         can_run(app, policy)
     };
-    let measures = !Wanted::of_move(app, policy).is_empty();
+    let wanted = Wanted::of_move(app, policy);
+    let measures = wanted.bandwidth || !wanted.vms.is_empty();
     match possible {
         Err(error @ CannotRun::NoReplicaGroups { .. }) if measures => verdict.notes.push(format!(
             "{error}; what the file does not say is measured before the move"
@@ -165,7 +166,7 @@ pub fn judge(app: &Application, policy: Policy, facts: &Facts) -> Verdict {
     }
     judge_hosts(app, facts, &mut verdict);
     for id in app.vm_ids() {
-        judge_vm(app, policy.holds(), facts, id, &mut verdict);
+        judge_vm(app, app.holds(policy), facts, id, &mut verdict);
     }
     judge_memory(app, facts, &mut verdict);
     verdict
@@ -294,7 +295,7 @@ fn judge_vm(app: &Application, hold: bool, facts: &Facts, id: VmId, verdict: &mu
         Some(Ok(host)) => host.vms.iter().find(|entry| entry.vm == vm.name),
         _ => None,
     };
-    disks::judge(app, hold, info, there, id, verdict);
+    disks::judge(app, info, there, id, verdict);
     let found = transport::Found {
         source: info.qemu_build,
         destination: there.and_then(|entry| entry.incoming_build),

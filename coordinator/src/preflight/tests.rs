@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::status::RunSummary;
-use sidecar::protocol::types::{DiskInfo, QemuBuild};
+use sidecar::protocol::types::{CopyMode, DiskInfo, QemuBuild};
 
 fn app() -> Application {
     let text = r#"
@@ -176,9 +176,7 @@ fn local_disks_are_found_or_named() {
     let verdict = judge(&app, Policy::Sequential, &facts);
     for needle in [
         "there is no block node `data`; it has root, cd",
-        "disk `cd` is read-only",
         "host b has no place for its disk `root`",
-        "only under a policy that holds",
     ] {
         let found = verdict.problems.iter().any(|text| text.contains(needle));
         assert!(found, "{needle}: {:?}", verdict.problems);
@@ -188,10 +186,7 @@ fn local_disks_are_found_or_named() {
     facts.hosts.insert(HostId(1), Ok(b));
     let mut web = vm(1);
     web.disks = vec![info("root", 4096), info("data", 8192)];
-    web.disks.push(DiskInfo {
-        read_only: false,
-        ..info("cd", 1)
-    });
+    web.disks.push(info("cd", 1));
     web.qemu_build = QemuBuild::Patched;
     facts.vms = BTreeMap::from([(VmId(0), Ok(web))]);
     let verdict = judge(&app, Policy::Muster, &facts);
@@ -201,5 +196,50 @@ fn local_disks_are_found_or_named() {
         .map(|d| d.size_bytes)
         .collect();
     assert_eq!(sizes, [4096, 8192, 1]);
+    let read_only = verdict.disks[&VmId(0)].iter().map(|d| d.read_only);
+    assert_eq!(read_only.collect::<Vec<_>>(), [false, false, true]);
     assert_eq!(verdict.transports[&VmId(0)], Transport::Relay);
+}
+
+#[test]
+fn write_blocking_copies_need_a_patched_qemu() {
+    let text = r#"
+        version = 1
+        application = { name = "shop", bandwidth = "50MB/s" }
+        host = [{ name = "a", control = "unix:/a" }, { name = "b", control = "unix:/b" }]
+        [[vm]]
+        name = "web"
+        uuid = "00000000-0000-0000-0000-000000000001"
+        from = "a"
+        to = "b"
+        disks = [{ node = "root", copy-mode = "write-blocking" }]
+    "#;
+    let app = Application::parse(text, Path::new("test")).expect("good");
+    let builds = [
+        (QemuBuild::Stock, CopyMode::Background, true),
+        (QemuBuild::Patched, CopyMode::WriteBlocking, false),
+    ];
+    for (build, mode, is_noted) in builds {
+        let mut facts = facts();
+        let mut b = host("b");
+        b.vms[0].disks = Some(vec!["root".into()]);
+        facts.hosts.insert(HostId(1), Ok(b));
+        let mut web = vm(1);
+        web.qemu_build = build;
+        web.disks = vec![DiskInfo {
+            node: "root".into(),
+            size_bytes: 4096,
+            format: "raw".into(),
+            read_only: false,
+        }];
+        facts.vms = BTreeMap::from([(VmId(0), Ok(web))]);
+        let verdict = judge(&app, Policy::Muster, &facts);
+        assert_eq!(verdict.problems, Vec::<String>::new());
+        assert_eq!(verdict.disks[&VmId(0)][0].copy_mode, mode);
+        let noted = verdict
+            .notes
+            .iter()
+            .any(|note| note.contains("is not patched"));
+        assert_eq!(noted, is_noted, "{:?}", verdict.notes);
+    }
 }

@@ -94,6 +94,7 @@ pub fn assemble(
         prediction,
         vms,
         groups,
+        adaptations: Vec::new(),
         notices,
     }
 }

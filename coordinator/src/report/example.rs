@@ -103,6 +103,7 @@ fn report(
             }),
             ..Prediction::none(String::new())
         },
+        adaptations: Vec::new(),
         notices: Vec::new(),
     }
 }

@@ -48,6 +48,15 @@ pub fn text(planned: &Planned) -> String {
     for note in &planned.plan.notes {
         let _ = writeln!(text, "note: {note}");
     }
+    if let Some(deadline) = planned.plan.deadline.filter(|deadline| deadline.met) {
+        let spare = deadline.limit_s - deadline.needed_s;
+        let _ = writeln!(
+            text,
+            "deadline: {} is met with {} to spare",
+            time(deadline.limit_s),
+            time(spare)
+        );
+    }
     if planned.plan.converges {
         let _ = write!(
             text,
@@ -196,6 +205,7 @@ mod tests {
             completion_s: Some(20.0),
             traffic_bytes: Some(140e6),
             downtime_s: Some(0.05),
+            deadline: None,
             impact_bytes: Some(5e6),
             optimal: true,
         };
@@ -210,6 +220,7 @@ mod tests {
             downtime_s: None,
             impact_bytes: None,
             optimal: false,
+            deadline: None,
             notes: Vec::new(),
         };
         Planned {

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{GroupMove, VmMove};
 use crate::application::{Application, Policy};
 use crate::scheduler::order::Search;
-use crate::scheduler::plan::{Inputs, Plan, Stage, plan};
+use crate::scheduler::plan::{Inputs, Plan, PlannedDeadline, Stage, plan};
 
 /// Predicted against actual, for one move.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -24,6 +24,8 @@ pub struct Prediction {
     pub downtime_s: Option<Compared>,
     /// Communication impact in bytes (COMMA 2.2, Eq. 1).
     pub impact_bytes: Option<Compared>,
+    /// The file's deadline beside what the slowest group was predicted to need.
+    pub deadline: Option<PlannedDeadline>,
     /// The VMs, in the application file's order; empty where nothing could be predicted.
     pub vms: Vec<PredictedVm>,
 }
@@ -131,6 +133,7 @@ impl Prediction {
             traffic_bytes: compare(plan.traffic_bytes, &|actual| Some(actual.traffic_bytes)),
             downtime_s: compare(plan.downtime_s, &|actual| actual.downtime_s()),
             impact_bytes: compare(plan.impact_bytes, &|actual| Some(actual.impact_bytes)),
+            deadline: plan.deadline,
             vms: vms.collect(),
         }
     }
@@ -143,6 +146,7 @@ impl Prediction {
             traffic_bytes: None,
             downtime_s: None,
             impact_bytes: None,
+            deadline: None,
             vms: Vec::new(),
         }
     }

@@ -6,6 +6,7 @@ pub mod fluid;
 pub mod group;
 pub mod impact;
 pub mod order;
+pub mod paths;
 pub mod phases;
 pub mod plan;
 pub mod predict;

@@ -17,6 +17,7 @@ pub mod brute;
 pub mod exact;
 pub mod heuristic;
 pub mod large;
+pub mod rest;
 
 use std::fmt;
 

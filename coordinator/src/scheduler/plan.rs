@@ -8,11 +8,13 @@
 //! ([`schemes`]), groups that follow each other, and Eq. 1 of COMMA for the impact. What is left at
 //! the switchover, and so the downtime, is what a VM dirties in [`HELD_SYNC_S`].
 
+mod deadline;
 mod inputs;
 mod muster;
 mod policies;
 mod saturating;
 pub mod schemes;
+mod sent;
 
 use serde::Serialize;
 
@@ -55,6 +57,20 @@ pub struct Plan {
     pub impact_bytes: Option<f64>,
     /// Whether no valid groups in any order have less impact: proven.
     pub optimal: bool,
+    /// Whether the groups are released within the file's deadline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<PlannedDeadline>,
+}
+
+/// A deadline beside what a plan needs; each group has its own.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PlannedDeadline {
+    /// The file's, in seconds.
+    pub limit_s: f64,
+    /// What the slowest group needs, in seconds.
+    pub needed_s: f64,
+    /// Whether it is met.
+    pub met: bool,
 }
 
 /// A group of a plan.
@@ -88,11 +104,40 @@ pub struct PlannedVm {
 /// # Errors
 /// The search cannot take so many VMs, or no groups keep the tiers.
 pub fn plan(inputs: &Inputs, policy: Policy, search: Search) -> Result<Plan, OrderError> {
+    let mut plan = once(inputs, policy, search)?;
+    if let Some(note) = deadline::note(inputs, &plan, policy, search) {
+        plan.notes.push(note);
+    }
+    Ok(plan)
+}
+
+fn once(inputs: &Inputs, policy: Policy, search: Search) -> Result<Plan, OrderError> {
     match policies::draft(inputs, policy, search) {
         Ok(draft) => Ok(draft.finish(inputs, policy)),
         Err(Trouble::Search(error)) => Err(error),
         Err(Trouble::Diverges(reason)) => Ok(Plan::without_times(policy, reason)),
     }
+}
+
+/// How much time a plan that is made anew may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effort {
+    /// Milliseconds: in the control loop of a move.
+    Quick,
+    /// What a plan takes: beside the move.
+    Full,
+}
+
+/// The groups of `muster` for the VMs that have not moved, from what limits them now. `groups` are those
+/// that were foreseen. Nothing where a VM does not converge even alone; then those stand.
+#[must_use]
+pub fn again(
+    inputs: &Inputs,
+    moved: &[bool],
+    groups: &[Vec<usize>],
+    effort: Effort,
+) -> Option<Vec<(Vec<usize>, Scheme)>> {
+    muster::again(inputs, &policies::sent(inputs), moved, groups, effort)
 }
 
 /// Why there is no draft.
@@ -120,6 +165,7 @@ impl Plan {
             downtime_s: None,
             impact_bytes: None,
             optimal: false,
+            deadline: None,
         }
     }
 }
@@ -192,6 +238,16 @@ impl Draft {
                 duration_s: schedule.duration_s,
             });
         }
+        // The first stage of two counts for every group, the wait for its turn does not.
+        let times = groups.iter().map(|group| group.duration_s);
+        let deadline = inputs.deadline_s.map(|limit_s| {
+            let needed_s = first_s + times.fold(0.0, f64::max);
+            PlannedDeadline {
+                limit_s,
+                needed_s,
+                met: needed_s <= limit_s,
+            }
+        });
         let planned: Vec<PlannedVm> = planned.into_iter().flatten().collect();
         let arrival: Vec<f64> = planned.iter().map(|vm| vm.finish_s).collect();
         let impact = of_times(&inputs.traffic, &arrival);
@@ -206,6 +262,7 @@ impl Draft {
             downtime_s: Some(downtime),
             impact_bytes: Some(impact),
             optimal: self.proven || impact == 0.0,
+            deadline,
             vms: planned,
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! - `paths`: the bandwidth between the hosts, by probes that are bounded in time and bytes.
 //! - `loads`: what a VM dirties, by the measurement that `muster dirty` shows.
+//! - [`crate::traffic`]: what the VMs send each other, where the file tells them apart.
 //!
 //! What the file says stands. Of a bandwidth that is given and probed as well, the lower counts.
 //! What cannot be measured is said in a note, and the plan goes on without it as far as it can.
@@ -18,9 +19,12 @@ use rate_limiter::BytesPerSecond;
 use crate::application::{Application, HostId, Policy, VmId, VmProfile};
 use crate::client::Client;
 use crate::scheduler::plan::Stage;
+use crate::traffic::{self, Counted};
 
 pub use loads::{INTERVAL, INTERVALS};
 
+/// Traffic is counted for so long.
+const TRAFFIC_FOR: Duration = Duration::from_secs(5);
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 
 /// What is to be measured.
@@ -32,6 +36,8 @@ pub struct Wanted {
     pub vms: Vec<VmId>,
     /// Their dirty set after the bulk copy too.
     pub dirty_set: bool,
+    /// What they send each other.
+    pub traffic: bool,
 }
 
 /// Why nothing could be planned with what was found.
@@ -76,6 +82,7 @@ impl Wanted {
             bandwidth: app.probe,
             vms: lacking.collect(),
             dirty_set,
+            traffic: app.measure && app.traffic.is_empty() && traffic::can_count(app),
         }
     }
 
@@ -93,7 +100,7 @@ impl Wanted {
     /// Whether there is nothing to measure.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        !self.bandwidth && self.vms.is_empty()
+        !self.bandwidth && self.vms.is_empty() && !self.traffic
     }
 
     /// What is about to be done, for people.
@@ -107,6 +114,9 @@ impl Wanted {
             let names: Vec<&str> = self.vms.iter().map(|&id| &*app.vm(id).name).collect();
             let time = INTERVAL * INTERVALS;
             parts.push(format!("measuring {} for {time:?}", names.join(", ")));
+        }
+        if self.traffic {
+            parts.push(format!("counting traffic for {TRAFFIC_FOR:?}"));
         }
         parts.join(", then ")
     }
@@ -129,7 +139,21 @@ pub fn complete(
         let found = paths::probe(app, client, interrupt);
         take_bandwidth(app, found, &mut notes)?;
     }
-    let found = loads::measure(app, wanted, interrupt);
+    let (counted, found) = std::thread::scope(|scope| {
+        let shared = &*app;
+        let counted = wanted
+            .traffic
+            .then(|| scope.spawn(|| traffic::count(shared, client, TRAFFIC_FOR)));
+        let found = loads::measure(shared, wanted, interrupt);
+        (counted.and_then(|thread| thread.join().ok()), found)
+    });
+    match counted {
+        Some(Ok(counted)) => notes.push(take_traffic(app, &counted)),
+        Some(Err(error)) => notes.push(format!(
+            "{error}: what the VMs send each other is not known"
+        )),
+        None => {}
+    }
     for (id, result) in found {
         let name = app.vm(id).name.clone();
         match result {
@@ -175,6 +199,20 @@ pub fn before_a_plan(
     }
     say(&wanted.describe(app));
     complete(app, &wanted, &client, interrupt)
+}
+
+fn take_traffic(app: &mut Application, counted: &Counted) -> String {
+    app.traffic = counted.traffic();
+    let pair = |pair: &traffic::Pair| {
+        let rate = BytesPerSecond(pair.rate_bytes_per_s);
+        format!("{} {rate}", pair.between.join("-"))
+    };
+    let pairs: Vec<String> = counted.pairs.iter().map(pair).collect();
+    let found = match pairs.is_empty() {
+        true => "none between VMs".to_owned(),
+        false => pairs.join(", "),
+    };
+    format!("traffic, counted for {:.1} s: {found}", counted.duration_s)
 }
 
 fn take_bandwidth(
@@ -257,8 +295,23 @@ mod tests {
             assert_eq!(found.vms, [VmId(0)], "{line}");
             assert!(wanted("bandwidth = \"1MB/s\"\nmeasure = false", &less).is_empty());
         }
+        assert!(!wanted("", "").traffic, "nobody is told apart");
         let two = Wanted::of(&app("bandwidth = \"1MB/s\"", ALL), Stage::Two);
         assert_eq!(two.vms, [VmId(0)]);
+    }
+
+    #[test]
+    fn traffic_is_wanted_where_the_file_has_none_and_tells_vms_apart() {
+        let other = "mac = \"52:54:00:00:00:0a\"\n[[vm]]\nname = \"web\"\n\
+                     uuid = \"6f1c1c1e-8a52-4b6e-9a4e-3f0b3a6c1d02\"\nfrom = \"a\"\nto = \"b\"\n\
+                     mac = \"52:54:00:00:00:0b\"\n";
+        let given = "[[traffic]]\nbetween = [\"db\", \"web\"]\nrate = \"1MB/s\"\n";
+        let wanted = |keys: &str, vms: &str| Wanted::of(&app(keys, vms), Stage::Whole);
+        assert!(wanted("", other).traffic);
+        assert!(!wanted("measure = false", other).traffic);
+        assert!(!wanted("", &format!("{other}{given}")).traffic);
+        let moved = Wanted::of_move(&app("", other), Policy::Parallel);
+        assert!(moved.traffic && moved.vms.is_empty());
     }
 
     fn found(rate: Option<u64>) -> paths::Found {

@@ -111,6 +111,7 @@ impl Driver {
     /// The source's sidecar refuses.
     pub fn start(&mut self, stream: String) -> Result<()> {
         let start = StartArgs {
+            disks_only: false,
             run: self.args.run,
             epoch: self.args.epoch,
             vms: [(self.vm.clone(), stream)].into(),

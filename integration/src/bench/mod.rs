@@ -9,6 +9,7 @@ mod commit;
 mod control;
 mod cpu;
 mod direct;
+mod disks;
 mod estimator;
 mod export;
 mod held;
@@ -52,6 +53,9 @@ pub enum Name {
     Policies,
     /// The same with small working sets that are written all the time (about 5 minutes).
     PoliciesHot,
+    /// Local disks: bulk copies that end together, every policy side by side, and what a disk adds to
+    /// the downtime (about 6 minutes).
+    Disks,
     /// Throughput of the relay against QEMU's own TCP migration (about 1 minute).
     Relay,
     /// The direct transport against QEMU's own TCP migration (about 1 minute).
@@ -223,6 +227,7 @@ fn run_one(bench: &Bench<'_>, name: Name) -> Result<Section> {
         Name::Total => total::run,
         Name::Policies => policies::run,
         Name::PoliciesHot => policies::run_hot,
+        Name::Disks => disks::run,
         Name::Relay => relay::run,
         Name::Direct => direct::run,
         Name::Held => held::run,

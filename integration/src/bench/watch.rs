@@ -43,6 +43,8 @@ pub struct Moved {
     pub stood: Vec<Stood>,
     /// When the last half said ARRIVED: unix time in microseconds.
     pub last_arrived_us: i64,
+    /// When the disks of each VM that has some were copied once: the same.
+    pub copied_us: Vec<i64>,
 }
 
 impl Moved {
@@ -130,12 +132,16 @@ struct Watch<'a, 'h> {
     held: Option<WhileHeld<'h>>,
     failed: Option<anyhow::Error>,
     last_arrived_us: i64,
+    copied_us: Vec<i64>,
 }
 
 impl Observer for Watch<'_, '_> {
     fn event(&mut self, _host: &str, envelope: &Envelope) {
         if let Event::Arrived { .. } = envelope.event {
             self.last_arrived_us = self.last_arrived_us.max(envelope.at_us);
+        }
+        if let Event::DisksCopied { .. } = envelope.event {
+            self.copied_us.push(envelope.at_us);
         }
     }
 
@@ -180,6 +186,7 @@ pub fn carry_out(
         held: while_held,
         failed: None,
         last_arrived_us: i64::MIN,
+        copied_us: Vec::new(),
     };
     let since = Micros::now();
     let report = coordinator::run(app, &options, &mut watch)?;
@@ -203,6 +210,7 @@ pub fn carry_out(
         report,
         stood,
         last_arrived_us: watch.last_arrived_us,
+        copied_us: watch.copied_us,
     })
 }
 

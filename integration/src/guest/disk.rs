@@ -125,6 +125,8 @@ mod tests {
             size: rate_limiter::Bytes(8 * PAGE),
             rate: rate_limiter::BytesPerSecond(1_000_000),
             write_blocking: false,
+            format: sidecar::config::ImageFormat::Raw,
+            least: None,
         });
         let params = spec.params().unwrap();
         let directory = tempfile::tempdir().unwrap();

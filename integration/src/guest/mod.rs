@@ -16,7 +16,7 @@ mod spec;
 
 pub mod disk;
 pub use check::{GuestState, ImageError, PageReader};
-pub use spec::{Access, DiskSpec, GuestSpec, GuestSpecError, OnOff};
+pub use spec::{Access, DiskSpec, GuestSpec, GuestSpecError, IdleDisk, IdleKind, OnOff};
 
 use crate::sys;
 

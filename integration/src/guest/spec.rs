@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use rate_limiter::units::ParseQuantityError;
 use rate_limiter::{Bytes, BytesPerSecond};
+use sidecar::config::ImageFormat;
+use sidecar::protocol::types::Chain;
 use uuid::Uuid;
 
 use super::{PAGE, PIT_HZ, Params, WORKING_SET_PAGE};
@@ -56,6 +58,8 @@ pub struct GuestSpec {
     pub on_off: Option<OnOff>,
     /// Its disk, if it has one.
     pub disk: Option<DiskSpec>,
+    /// Further disks, which it does not write.
+    pub idle: Vec<IdleDisk>,
 }
 
 /// A guest's disk: it writes block after block, round and round.
@@ -67,6 +71,34 @@ pub struct DiskSpec {
     pub rate: BytesPerSecond,
     /// When it moves, its writes wait until they are at the destination.
     pub write_blocking: bool,
+    /// What kind of image it lies in.
+    pub format: ImageFormat,
+    /// Down to where the guest's writes may be slowed when it moves.
+    pub least: Option<BytesPerSecond>,
+}
+
+/// A disk that the guest has and does not write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdleDisk {
+    /// Its block node.
+    pub node: String,
+    /// Its size; a multiple of 64 KiB.
+    pub size: Bytes,
+    /// What it lies in.
+    pub kind: IdleKind,
+}
+
+/// What an idle disk lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdleKind {
+    /// A raw image.
+    Raw,
+    /// A qcow2 image, a medium that cannot be written.
+    ReadOnly,
+    /// A qcow2 image over a raw one that both hosts have.
+    Layered(Chain),
+    /// A raw image that both hosts have: it does not move.
+    Shared,
 }
 
 /// Why a guest cannot be made as asked.
@@ -292,6 +324,7 @@ impl FromStr for GuestSpec {
             access: Access::Sweep,
             on_off: None,
             disk: None,
+            idle: Vec::new(),
         };
         spec.params()?;
         Ok(spec)

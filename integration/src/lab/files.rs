@@ -1,16 +1,18 @@
 //! The configuration files that a lab writes.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use coordinator::Application;
-use sidecar::protocol::types::CopyMode;
+use sidecar::config::ImageFormat;
+use sidecar::protocol::types::{Chain, CopyMode};
 
 use super::{Lab, LabError};
-use crate::guest::GuestSpec;
+use crate::guest::{GuestSpec, IdleDisk, IdleKind};
 use crate::qemu::{DISK_NODE, Role};
 
 /// A string as TOML writes it.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
@@ -27,6 +29,17 @@ fn profile(guest: &GuestSpec) -> String {
          writable-working-set = \"{}B\"\n",
         guest.memory.0, guest.working_set.0
     )
+}
+
+/// Whether a disk moves with its guest.
+fn moves(disk: &IdleDisk) -> bool {
+    disk.kind != IdleKind::Shared
+}
+
+/// Where a disk lies.
+fn place(node: &str, image: &Path, format: ImageFormat) -> String {
+    let (image, format) = (quoted(&image.to_string_lossy()), format.name());
+    format!("\n[[vm.disk]]\nnode = \"{node}\"\nimage = {image}\nformat = \"{format}\"\n")
 }
 
 impl Lab {
@@ -52,13 +65,17 @@ impl Lab {
             let template = self.launch(&guest.name, host)?.template(Role::Incoming)?;
             let words: Vec<String> = template.iter().map(|word| quoted(word)).collect();
             let _ = writeln!(text, "incoming = [{}]", words.join(", "));
-            if guest.disk.is_some() {
-                let image = &self.launch(&guest.name, host)?.image;
-                let image = quoted(&image.to_string_lossy());
-                let _ = write!(
-                    text,
-                    "\n[[vm.disk]]\nnode = \"{DISK_NODE}\"\nimage = {image}\nreuse = true\n"
-                );
+            let launch = self.launch(&guest.name, host)?;
+            if let Some(disk) = guest.disk {
+                text += &place(DISK_NODE, &launch.image, disk.format);
+                text += "reuse = true\n";
+            }
+            for disk in guest.idle.iter().filter(|disk| moves(disk)) {
+                text += &place(&disk.node, &launch.idle_image(disk), disk.format());
+                if disk.kind == IdleKind::Layered(Chain::Keep) {
+                    let base = launch.base_image(disk);
+                    let _ = writeln!(text, "backing = {}", quoted(&base.to_string_lossy()));
+                }
             }
         }
         Ok(text)
@@ -108,6 +125,9 @@ impl Lab {
                 quoted(to)
             );
             text += &profile(guest);
+            if let Some(least) = guest.disk.and_then(|disk| disk.least) {
+                let _ = writeln!(text, "min-write-rate = \"{}B/s\"", least.0);
+            }
             if let Some(disk) = guest.disk {
                 let mode = if disk.write_blocking {
                     CopyMode::WriteBlocking
@@ -118,6 +138,12 @@ impl Lab {
                     text,
                     "\n[[vm.disks]]\nnode = \"{DISK_NODE}\"\ncopy-mode = \"{mode}\"\n"
                 );
+            }
+            for disk in guest.idle.iter().filter(|disk| moves(disk)) {
+                let _ = write!(text, "\n[[vm.disks]]\nnode = \"{}\"\n", disk.node);
+                if let IdleKind::Layered(chain) = disk.kind {
+                    let _ = writeln!(text, "chain = \"{chain}\"");
+                }
             }
         }
         for (one, other, rate) in &self.spec.traffic {

@@ -3,7 +3,7 @@
 //! [`Lab::build`] makes all of it; dropping the lab removes it: processes, namespaces, files. The
 //! demo, the table of faults, and the benchmarks are built on it.
 
-mod files;
+pub(crate) mod files;
 pub mod verify;
 
 use std::collections::BTreeMap;
@@ -17,8 +17,8 @@ use rate_limiter::BytesPerSecond;
 use tempfile::TempDir;
 
 use crate::guest::GuestSpec;
-use crate::net::{NetError, Network};
-use crate::process::{Process, ProcessError};
+use crate::net::{Host, NetError, Network};
+use crate::process::{PidFd, Process, ProcessError};
 use crate::qemu::{Accel, Launch, Qemu, QemuError, Role};
 use crate::qmp::{Qmp, QmpError};
 use crate::signals::{Interrupt, Interrupted};
@@ -149,6 +149,34 @@ pub fn program(name: &str, variable: &str) -> Result<PathBuf, LabError> {
     })
 }
 
+/// Starts a host's sidecar with this configuration, whose control socket is `control.sock` in the
+/// host's directory, and waits until it serves.
+pub(crate) fn serve(host: &Host, directory: &Path, text: &str) -> Result<Process, LabError> {
+    let config = directory.join("sidecar.toml");
+    std::fs::write(&config, text).map_err(|error| LabError::File {
+        path: config.clone(),
+        error,
+    })?;
+    let mut command = Command::new(program("muster-sidecar", "MUSTER_SIDECAR")?);
+    command.arg("--config").arg(&config);
+    let isolation = host.isolation(Some(directory.join("sidecar.log")));
+    let name = format!("sidecar of {}", host.name());
+    let mut process = Process::start(&name, command, &isolation)?;
+    let by = Instant::now() + SIDECAR_LIMIT;
+    let control = directory.join("control.sock");
+    while std::os::unix::net::UnixStream::connect(&control).is_err() {
+        if process.must_run().is_err() || Instant::now() > by {
+            let said = process.last_words();
+            return Err(LabError::Sidecar {
+                host: host.name().to_owned(),
+                said,
+            });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(process)
+}
+
 impl Lab {
     /// Makes hosts, starts a sidecar on each, and boots the guests on the first.
     ///
@@ -262,29 +290,8 @@ impl Lab {
         edit: impl FnOnce(String) -> String,
     ) -> Result<(), LabError> {
         self.stop_sidecar(host);
-        let directory = self.host_directory(host);
-        let config = directory.join("sidecar.toml");
         let text = edit(self.sidecar_config(host)?);
-        std::fs::write(&config, text).map_err(|error| LabError::File {
-            path: config.clone(),
-            error,
-        })?;
-        let mut command = Command::new(program("muster-sidecar", "MUSTER_SIDECAR")?);
-        command.arg("--config").arg(&config);
-        let log = directory.join("sidecar.log");
-        let isolation = self.network.host(host)?.isolation(Some(log));
-        let mut process = Process::start(&format!("sidecar of {host}"), command, &isolation)?;
-        let by = Instant::now() + SIDECAR_LIMIT;
-        while std::os::unix::net::UnixStream::connect(self.control(host)).is_err() {
-            if process.must_run().is_err() || Instant::now() > by {
-                let said = process.last_words();
-                return Err(LabError::Sidecar {
-                    host: host.to_owned(),
-                    said,
-                });
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let process = serve(self.network.host(host)?, &self.host_directory(host), &text)?;
         self.sidecars.insert(host.to_owned(), process);
         Ok(())
     }
@@ -352,6 +359,26 @@ impl Lab {
     /// There is no such guest.
     pub fn image(&self, guest: &str, host: &str) -> Result<PathBuf, LabError> {
         Ok(self.launch(guest, host)?.image.clone())
+    }
+
+    /// The process of a guest's QEMU on a host, whoever has started it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn qemu(&self, guest: &str, host: &str) -> Result<PidFd, LabError> {
+        for pid in self.network.host(host)?.processes() {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0);
+            if words.any(|word| word == b"-name") && words.next() == Some(guest.as_bytes()) {
+                if let Ok(process) = PidFd::open(pid) {
+                    return Ok(process);
+                }
+            }
+        }
+        Err(LabError::Missing {
+            program: format!("a QEMU of {guest}"),
+            looked: format!("host {host}"),
+        })
     }
 
     /// The guest's specification.

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
 use serde::Serialize;
+use sidecar::config::ImageFormat;
 
 use super::{Lab, LabError};
 use crate::clock::Micros;
-use crate::guest::{check, disk};
+use crate::guest::{GuestState, Params, check, disk};
 use crate::memory::{self, GuestRam};
+use crate::qemu::raw_copy;
 use crate::ticks::Record;
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -39,12 +42,7 @@ pub fn verify_stopped(lab: &Lab, guest: &str, host: &str) -> anyhow::Result<()> 
     monitor.execute("stop", serde_json::json!({}), LIMIT)?;
     let params = spec.params()?;
     let checked = check::check(&ram, &params).map_err(anyhow::Error::from);
-    let checked = checked.and_then(|state| {
-        if spec.disk.is_some() {
-            disk::check(&lab.launch(guest, host)?.image, &params, &state)?;
-        }
-        Ok(())
-    });
+    let checked = checked.and_then(|state| check_disk(lab, guest, host, &params, &state));
     monitor.execute("cont", serde_json::json!({}), LIMIT)?;
     checked
 }
@@ -64,10 +62,42 @@ pub fn verify_paused(lab: &Lab, guest: &str, from: &str, to: &str) -> anyhow::Re
     }
     let params = spec.params()?;
     let state = check::check(&destination, &params)?;
-    if spec.disk.is_some() {
+    for host in [from, to] {
+        check_disk(lab, guest, host, &params, &state)?;
+    }
+    if spec
+        .disk
+        .is_some_and(|disk| disk.format == ImageFormat::Raw)
+    {
         let (there, here) = (lab.launch(guest, from)?, lab.launch(guest, to)?);
         disk::compare(&there.image, &here.image, &params)?;
-        disk::check(&here.image, &params, &state)?;
+    }
+    let launch = lab.launch(guest, to)?;
+    for disk in &spec.idle {
+        let checked = launch.check_idle(disk);
+        checked.with_context(|| format!("disk {} of {guest}", disk.node))?;
+    }
+    Ok(())
+}
+
+/// Checks the disk of a guest that stands still.
+fn check_disk(
+    lab: &Lab,
+    guest: &str,
+    host: &str,
+    params: &Params,
+    state: &GuestState,
+) -> anyhow::Result<()> {
+    let launch = lab.launch(guest, host)?;
+    match lab.guest(guest)?.disk.map(|disk| disk.format) {
+        None => {}
+        Some(ImageFormat::Raw) => disk::check(&launch.image, params, state)?,
+        Some(ImageFormat::Qcow2) => {
+            let raw = raw_copy(&launch.image)?;
+            let checked = disk::check(&raw, params, state);
+            std::fs::remove_file(raw)?;
+            checked?;
+        }
     }
     Ok(())
 }

@@ -198,14 +198,32 @@ impl End {
     }
 
     fn sent(&self) -> Result<Bytes, NetError> {
-        let said = self.ip(&["-j", "-s", "link", "show", "dev", &self.device])?;
-        serde_json::from_str::<serde_json::Value>(&said)
-            .ok()
-            .and_then(|value| value[0]["stats64"]["tx"]["bytes"].as_u64())
-            .map(Bytes)
-            .ok_or_else(|| NetError::Command {
-                command: "ip -j -s link show".to_owned(),
-                said,
-            })
+        counters(&self.namespace, &self.device).map(|counters| counters.sent)
+    }
+}
+
+/// What an interface has carried, by its own counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counters {
+    /// Received by the host.
+    pub received: Bytes,
+    /// Sent by the host.
+    pub sent: Bytes,
+}
+
+pub(super) fn counters(namespace: &str, device: &str) -> Result<Counters, NetError> {
+    let words = ["-n", namespace, "-j", "-s", "link", "show", "dev", device];
+    let said = run("ip", &words)?;
+    let value: Option<serde_json::Value> = serde_json::from_str(&said).ok();
+    let bytes = |way: &str| value.as_ref()?[0]["stats64"][way]["bytes"].as_u64();
+    match (bytes("rx"), bytes("tx")) {
+        (Some(received), Some(sent)) => Ok(Counters {
+            received: Bytes(received),
+            sent: Bytes(sent),
+        }),
+        _ => Err(NetError::Command {
+            command: "ip -j -s link show".to_owned(),
+            said,
+        }),
     }
 }

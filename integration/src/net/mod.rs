@@ -2,12 +2,15 @@
 //!
 //! Every pair of hosts is joined by a veth pair that is created inside the namespaces, so nothing
 //! appears among the machine's own interfaces. Each host has one address; each link is shaped at
-//! both ends by tbf. Names contain the testbed's process number, and a lock file held for its life
+//! both ends by tbf. Where guests have network cards, hosts have bridges instead, joined by a
+//! [`wan`]. Names contain the testbed's process number, and a lock file held for its life
 //! tells a later start which namespaces nobody owns any more.
 
+mod bridge;
 mod link;
 mod stale;
 mod throughput;
+pub mod wan;
 
 use std::fs::File;
 use std::io;
@@ -21,7 +24,8 @@ use nix::fcntl::Flock;
 use nix::sched::{CloneFlags, setns};
 use rate_limiter::BytesPerSecond;
 
-pub use link::{Carried, Cut, Link};
+pub use bridge::BRIDGE;
+pub use link::{Carried, Counters, Cut, Link};
 pub use stale::remove_stale;
 pub use throughput::{Throughput, throughput};
 
@@ -109,6 +113,20 @@ impl Network {
     /// # Errors
     /// If a name cannot be used or a step is refused; what was made until then is removed.
     pub fn create(names: &[&str], rate: BytesPerSecond) -> Result<Self, NetError> {
+        let mut network = Self::islands(names)?;
+        for (index, one) in network.hosts.iter().enumerate() {
+            for other in &network.hosts[index + 1..] {
+                network.links.push(Link::create(one, other, rate)?);
+            }
+        }
+        Ok(network)
+    }
+
+    /// The same hosts without a link.
+    ///
+    /// # Errors
+    /// If a name cannot be used or a step is refused; what was made until then is removed.
+    pub fn islands(names: &[&str]) -> Result<Self, NetError> {
         static INSTANCES: AtomicU32 = AtomicU32::new(0);
         for (index, name) in names.iter().enumerate() {
             let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
@@ -149,11 +167,6 @@ impl Network {
             };
             network.hosts.push(host);
             network.hosts[network.hosts.len() - 1].prepare()?;
-        }
-        for (index, one) in network.hosts.iter().enumerate() {
-            for other in &network.hosts[index + 1..] {
-                network.links.push(Link::create(one, other, rate)?);
-            }
         }
         Ok(network)
     }

@@ -6,8 +6,8 @@
 //! and the testbed never compete for one.
 
 pub mod accel;
+mod disks;
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use sidecar::protocol::types::QemuBuild;
 
 pub use accel::{Accel, AccelChoice, AccelError, ChosenAccel};
+pub use disks::raw_copy;
 
 use crate::guest::{GuestSpec, TICK_PORT};
 use crate::process::{Isolation, Process, ProcessError};
@@ -268,6 +269,8 @@ pub struct Launch {
     pub observe: PathBuf,
     /// The image of its disk on this host, where it has one.
     pub image: PathBuf,
+    directory: PathBuf,
+    host: String,
     /// Another program than the installed one.
     program: Option<String>,
     /// Guest memory that outlives QEMU.
@@ -298,6 +301,8 @@ impl Launch {
             ticks,
             observe: directory.join(format!("{}.{host}.observe", spec.name)),
             image: directory.join(format!("{}.{host}.img", spec.name)),
+            directory: directory.to_owned(),
+            host: host.to_owned(),
             program: None,
             memory: None,
         })
@@ -372,17 +377,8 @@ impl Launch {
             "-device",
             format!("isa-debugcon,iobase={TICK_PORT:#x},chardev=ticks"),
         );
-        if self.spec.disk.is_some() {
-            let image = quote(&self.image);
-            option(
-                "-blockdev",
-                format!("driver=file,node-name={DISK_NODE}-file,filename={image}"),
-            );
-            option(
-                "-blockdev",
-                format!("driver=raw,node-name={DISK_NODE},file={DISK_NODE}-file"),
-            );
-            option("-device", format!("ide-hd,bus=ide.0,drive={DISK_NODE}"));
+        for (name, value) in self.disk_options(role) {
+            option(name, value);
         }
         option("-qmp", format!("unix:{QMP_PLACEHOLDER},server=on,wait=off"));
         option(
@@ -396,48 +392,55 @@ impl Launch {
         Ok(command)
     }
 
-    /// Makes the image of its disk, unless it is there.
-    fn make_image(&self) -> Result<(), QemuError> {
-        let Some(disk) = self.spec.disk.filter(|_| !self.image.exists()) else {
-            return Ok(());
-        };
-        File::create_new(&self.image)
-            .and_then(|file| file.set_len(disk.size.0))
-            .map_err(|error| QemuError::Image {
-                path: self.image.clone(),
-                error,
-            })
-    }
-
     /// Starts it, with Muster's monitor at `qmp`, and connects the testbed's own.
     ///
     /// # Errors
     /// If it does not start or its monitor does not answer within 10 seconds.
     pub fn start(&self, role: Role, qmp: &Path, isolation: &Isolation) -> Result<Qemu, QemuError> {
-        self.make_image()?;
-        let template = self.template(role)?;
-        let qmp_text = quote(qmp);
-        let mut words = template
-            .iter()
-            .map(|word| word.replace(QMP_PLACEHOLDER, &qmp_text));
-        let mut command = Command::new(words.next().unwrap_or_default());
-        command.args(words);
-        let name = format!("QEMU of {}", self.spec.name);
-        let mut process = Process::start(&name, command, isolation)?;
-        let alive = || process.must_run().is_ok();
-        match Qmp::connect_while(&self.observe, MONITOR_LIMIT, alive) {
-            Ok(monitor) => Ok(Qemu {
-                process,
-                monitor,
-                qmp: qmp.to_owned(),
-            }),
-            Err(monitor) => {
-                // A monitor that breaks belongs to a QEMU that is about to end: let it say why.
-                let _ = process.wait(END_LIMIT);
-                process.must_run()?;
-                let said = process.last_words();
-                Err(QemuError::Monitor { monitor, said })
-            }
+        self.make_images(role)?;
+        start(
+            &self.spec.name,
+            &self.template(role)?,
+            qmp,
+            &self.observe,
+            isolation,
+        )
+    }
+}
+
+/// Starts a command vector with Muster's monitor at `qmp`, and connects the testbed's own at
+/// `observe`.
+///
+/// # Errors
+/// If it does not start or its monitor does not answer within 10 seconds.
+pub(crate) fn start(
+    guest: &str,
+    template: &[String],
+    qmp: &Path,
+    observe: &Path,
+    isolation: &Isolation,
+) -> Result<Qemu, QemuError> {
+    let qmp_text = quote(qmp);
+    let mut words = template
+        .iter()
+        .map(|word| word.replace(QMP_PLACEHOLDER, &qmp_text));
+    let mut command = Command::new(words.next().unwrap_or_default());
+    command.args(words);
+    let name = format!("QEMU of {guest}");
+    let mut process = Process::start(&name, command, isolation)?;
+    let alive = || process.must_run().is_ok();
+    match Qmp::connect_while(observe, MONITOR_LIMIT, alive) {
+        Ok(monitor) => Ok(Qemu {
+            process,
+            monitor,
+            qmp: qmp.to_owned(),
+        }),
+        Err(monitor) => {
+            // A monitor that breaks belongs to a QEMU that is about to end: let it say why.
+            let _ = process.wait(END_LIMIT);
+            process.must_run()?;
+            let said = process.last_words();
+            Err(QemuError::Monitor { monitor, said })
         }
     }
 }
@@ -454,7 +457,7 @@ pub struct Qemu {
 }
 
 /// A path as QEMU's option syntax wants it: commas doubled.
-fn quote(path: &Path) -> String {
+pub(crate) fn quote(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 

@@ -1,6 +1,5 @@
 //! Groups whose VMs have local disks.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,14 +10,16 @@ use coordinator::report::Outcome;
 use nix::sys::signal::Signal;
 use rate_limiter::{Bytes, BytesPerSecond};
 use serde_json::json;
+use sidecar::config::ImageFormat;
+use sidecar::protocol::types::Chain;
 use testbed::clock::Micros;
-use testbed::guest::{DiskSpec, check};
+use testbed::guest::{DiskSpec, GuestState, IdleDisk, IdleKind, check};
 use testbed::lab::{Lab, LabSpec};
 use testbed::memory::GuestRam;
-use testbed::process::PidFd;
 use testbed::qemu::Accel;
 
 use super::LIMIT;
+use super::disk_faults::watched;
 use super::groups::{Barrier, check_all, go, lab, migration_settings, nothing_left, spec};
 
 const GUESTS: [&str; 3] = [
@@ -29,7 +30,7 @@ const GUESTS: [&str; 3] = [
 
 /// Two of three guests have a disk, and write to it all the time; the writes of one wait for the
 /// destination when it moves.
-fn with_disks(accel: Accel) -> Result<LabSpec> {
+pub fn with_disks(accel: Accel) -> Result<LabSpec> {
     let mut spec = spec(accel, &GUESTS)?;
     for (index, size, rate) in [(1, 48 << 20, 2_000_000), (2, 16 << 20, 500_000)] {
         let write_blocking = index == 2;
@@ -37,21 +38,66 @@ fn with_disks(accel: Accel) -> Result<LabSpec> {
             size: Bytes(size),
             rate: BytesPerSecond(rate),
             write_blocking,
+            format: ImageFormat::Raw,
+            least: None,
         });
     }
     Ok(spec)
 }
 
-/// How many writes the disk of a guest has acknowledged.
-fn writes(lab: &Lab, guest: &str, host: &str) -> Result<u32> {
+/// What a guest has counted: its ticks, and the writes that its disk has acknowledged.
+fn counters(lab: &Lab, guest: &str, host: &str) -> Result<GuestState> {
     let spec = lab.guest(guest)?;
     let ram = GuestRam::open(&mut lab.monitor(guest, host)?, spec.memory)?;
-    Ok(check::state(&ram)?.disk_done)
+    Ok(check::state(&ram)?)
+}
+
+/// Every kind of disk: qcow2, several of a VM, read-only, with a backing file that is kept or goes, and
+/// one that does not move because both hosts have it.
+pub fn every_kind(accel: Accel) -> Result<()> {
+    let mut spec = with_disks(accel)?;
+    let idle = |node: &str, kind| IdleDisk {
+        node: node.into(),
+        size: Bytes(8 << 20),
+        kind,
+    };
+    if let Some(disk) = &mut spec.guests[1].disk {
+        disk.format = ImageFormat::Qcow2;
+    }
+    spec.guests[1].idle = vec![
+        idle("data", IdleKind::Raw),
+        idle("cd", IdleKind::ReadOnly),
+        idle("kept", IdleKind::Layered(Chain::Keep)),
+    ];
+    spec.guests[2].idle = vec![
+        idle("flat", IdleKind::Layered(Chain::Flatten)),
+        idle("common", IdleKind::Shared),
+    ];
+    let lab = lab(spec)?;
+    let since = Micros::now();
+    let mut barrier = Barrier::new(&lab, "a", "b");
+    let report = go(&lab, Policy::Muster, "a", "b", &mut barrier)?;
+    ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+    barrier.result.context("they never arrived")??;
+    check_all(&lab, "b", since)?;
+    for guest in ["db", "log"] {
+        let nodes = lab.monitor(guest, "b")?.execute(
+            "query-named-block-nodes",
+            json!({ "flat": true }),
+            LIMIT,
+        )?;
+        let left = |node| nodes.to_string().contains(node);
+        ensure!(
+            !left("muster-image") && !left("muster-nbd"),
+            "{guest}: {nodes}"
+        );
+    }
+    nothing_left(&lab, "b")
 }
 
 pub fn there_and_back(accel: Accel) -> Result<()> {
     let lab = lab(with_disks(accel)?)?;
-    let begun = (writes(&lab, "db", "a")?, Instant::now());
+    let begun = counters(&lab, "db", "a")?;
     let before = migration_settings(&lab, "a")?;
     for (from, to) in [("a", "b"), ("b", "a")] {
         let since = Micros::now();
@@ -67,30 +113,19 @@ pub fn there_and_back(accel: Accel) -> Result<()> {
         );
         nothing_left(&lab, to)?;
     }
-    // It has written all the time, less what it stood still: 2 MB/s are 488 blocks.
-    let written = writes(&lab, "db", "a")? - begun.0;
-    let least = begun.1.elapsed().as_secs() * 488 / 2;
+    // It has written all the time that it ran: 2 MB/s are 488 blocks in 1000 ticks.
+    let ended = counters(&lab, "db", "a")?;
+    let written = u64::from(ended.disk_done - begun.disk_done);
+    let ticks = u64::from(ended.ticks - begun.ticks);
     ensure!(
-        u64::from(written) > least,
-        "only {written} blocks were written"
+        written > ticks * 488 / 1000 / 2,
+        "only {written} blocks were written in {ticks} ticks"
     );
     Ok(())
 }
 
-/// The QEMU of a guest on a host.
-fn qemu_of(lab: &Lab, guest: &str, host: &str) -> Result<PidFd> {
-    for pid in lab.network.host(host)?.processes() {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut words = line.split(|byte| *byte == 0);
-        if words.any(|word| word == b"-name") && words.next() == Some(guest.as_bytes()) {
-            return Ok(PidFd::open(pid)?);
-        }
-    }
-    anyhow::bail!("there is no QEMU of {guest} on {host}")
-}
-
 /// A step, recognised.
-type At = fn(&Step) -> bool;
+pub type At = fn(&Step) -> bool;
 
 /// Sends a signal to the destination's QEMU of a guest, at a step or a while after it.
 struct Fault<'a> {
@@ -106,7 +141,7 @@ impl Observer for Fault<'_> {
     fn step(&mut self, _group: &GroupName, step: &Step) {
         if self.sent.is_none() && (self.at)(step) {
             let (delay, signal) = (self.delay, self.signal);
-            let qemu = qemu_of(self.lab, self.guest, "b");
+            let qemu = self.lab.qemu(self.guest, "b").map_err(anyhow::Error::from);
             self.sent = Some(qemu.and_then(|qemu| {
                 if delay.is_zero() {
                     return Ok(qemu.signal(signal)?);
@@ -123,7 +158,7 @@ impl Observer for Fault<'_> {
 }
 
 /// The guests run on `a` as before: every write is there, no mirror and no image is left.
-fn all_as_before(lab: &Lab, since: Micros) -> Result<()> {
+pub fn all_as_before(lab: &Lab, since: Micros) -> Result<()> {
     check_all(lab, "a", since)?;
     for guest in &lab.spec.guests {
         let mut monitor = lab.monitor(&guest.name, "a")?;
@@ -176,23 +211,6 @@ pub fn taken_back(accel: Accel) -> Result<()> {
     check_all(&lab, "b", since)
 }
 
-/// The longest time in which the disk acknowledged nothing to a guest.
-fn longest_silence(lab: &Lab, guest: &str, stop: &AtomicBool) -> Result<Duration> {
-    let spec = lab.guest(guest)?;
-    let ram = GuestRam::open(&mut lab.monitor(guest, "a")?, spec.memory)?;
-    let mut longest = Duration::ZERO;
-    let (mut last, mut since) = (check::state(&ram)?.disk_done, Instant::now());
-    while !stop.load(Ordering::Relaxed) {
-        std::thread::sleep(Duration::from_millis(5));
-        let done = check::state(&ram)?.disk_done;
-        longest = longest.max(since.elapsed());
-        if done != last {
-            (last, since) = (done, Instant::now());
-        }
-    }
-    Ok(longest)
-}
-
 pub fn hung(accel: Accel) -> Result<()> {
     let lab = lab(with_disks(accel)?)?;
     // In the last one the others have been paused, and are complete, when that one gives up.
@@ -211,14 +229,8 @@ pub fn hung(accel: Accel) -> Result<()> {
             signal: Signal::SIGSTOP,
             sent: None,
         };
-        let stop = AtomicBool::new(false);
-        let (report, silence) = std::thread::scope(|scope| {
-            let watch = scope.spawn(|| longest_silence(&lab, "log", &stop));
-            let report = go(&lab, Policy::Muster, "a", "b", &mut fault);
-            stop.store(true, Ordering::Relaxed);
-            (report, watch.join())
-        });
-        let report = report?;
+        let move_them = || go(&lab, Policy::Muster, "a", "b", &mut fault);
+        let (report, silence) = watched(&lab, "log", move_them)?;
         fault.sent.context("the step never came")??;
         ensure!(
             report.result == Outcome::RolledBack,
@@ -226,12 +238,74 @@ pub fn hung(accel: Accel) -> Result<()> {
             report.result,
             report.reason
         );
-        let silence = silence.map_err(|_| anyhow::anyhow!("the watcher ended"))??;
-        ensure!(
-            silence < Duration::from_millis(longest_ms),
-            "the guest's disk acknowledged nothing for {silence:?}, at most {longest_ms} ms are fine"
-        );
+        silence.at_most(Duration::from_millis(longest_ms))?;
         all_as_before(&lab, since)?;
     }
+    Ok(())
+}
+
+/// Sees whether a guest's writes are slowed.
+#[derive(Default)]
+struct Slowed(Vec<u64>);
+
+impl Observer for Slowed {
+    fn step(&mut self, _group: &GroupName, step: &Step) {
+        if let Step::DisksThrottled { bytes_per_s, .. } = step {
+            self.0.push(*bytes_per_s);
+        }
+    }
+}
+
+/// A guest that writes faster than the link carries: slowed until its disk is copied, and not after.
+pub fn slowed(accel: Accel) -> Result<()> {
+    let mut spec = spec(accel, &["db:16MiB:100kB/s:1MiB"])?;
+    spec.link = BytesPerSecond(3_000_000);
+    spec.traffic.clear();
+    spec.guests[0].disk = Some(DiskSpec {
+        size: Bytes(4 << 20),
+        rate: BytesPerSecond(4_000_000),
+        write_blocking: false,
+        format: ImageFormat::Raw,
+        least: Some(BytesPerSecond(500_000)),
+    });
+    let mut lab = lab(spec)?;
+    let told = lab.directory().join("told");
+    for host in ["a", "b"] {
+        let hook = |when: &str| {
+            let say = format!("echo {host} {when} $MUSTER_VM $MUSTER_ROLE $MUSTER_RESULT");
+            format!(
+                "{when} = [\"/bin/sh\", \"-c\", \"{say} >> {}\"]\n",
+                told.display()
+            )
+        };
+        let hooks = hook("before-switchover") + &hook("after-switchover");
+        lab.start_sidecar_with(host, |text| {
+            text.replace("[control]", &format!("[hooks]\n{hooks}\n[control]"))
+        })?;
+    }
+    let since = Micros::now();
+    let mut seen = Slowed::default();
+    let report = go(&lab, Policy::Muster, "a", "b", &mut seen)?;
+    ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
+    ensure!(!seen.0.is_empty(), "it was not slowed");
+    ensure!(seen.0.iter().all(|rate| *rate >= 500_000), "{:?}", seen.0);
+    check_all(&lab, "b", since)?;
+    let said = std::fs::read_to_string(&told)?;
+    let mut said: Vec<&str> = said.lines().collect();
+    said.sort_unstable();
+    let expected = [
+        "a after-switchover db source committed",
+        "a before-switchover db source",
+        "b after-switchover db destination committed",
+    ];
+    ensure!(said == expected, "{said:?}");
+    let begun = counters(&lab, "db", "b")?;
+    std::thread::sleep(Duration::from_secs(1));
+    let ended = counters(&lab, "db", "b")?;
+    let (written, ticks) = (ended.disk_done - begun.disk_done, ended.ticks - begun.ticks);
+    ensure!(
+        written > ticks / 2,
+        "after the move it writes only {written} blocks in {ticks} ticks"
+    );
     Ok(())
 }

@@ -1,10 +1,13 @@
 //! The cases, and what they share.
 
+mod adapt;
+mod app;
 mod benches;
 mod comma;
 mod commands;
 mod direct;
 mod dirty_log;
+mod disk_faults;
 mod disks;
 mod groups;
 mod guests;
@@ -50,6 +53,13 @@ pub const GUEST_CASES: &[(&str, GuestCase)] = &[
         "a_hung_destination_does_not_stop_a_guests_disk",
         disks::hung,
     ),
+    ("every_kind_of_disk_moves", disks::every_kind),
+    ("a_disk_whose_connection_is_cut_stays", disk_faults::cut),
+    ("a_disk_that_finds_no_room_stays", disk_faults::full),
+    (
+        "an_image_in_use_at_the_destination_is_named",
+        disk_faults::locked,
+    ),
     ("every_policy_moves_every_vm", groups::every_policy),
     ("several_channels_carry_a_group", groups::several_channels),
     ("a_paused_vm_stays_paused", groups::paused_stays_paused),
@@ -81,8 +91,16 @@ pub const KVM_CASES: &[(&str, GuestCase)] = &[
         comma::two_stages,
     ),
     (
+        "a_link_that_carries_less_than_was_told_is_found",
+        adapt::a_narrow_link,
+    ),
+    (
         "lll_starts_the_largest_dirty_rate_last",
         groups::lll_by_dirty_rate,
+    ),
+    (
+        "a_guest_that_writes_too_fast_to_its_disk_is_slowed",
+        disks::slowed,
     ),
     (
         "a_hot_vm_is_ended_by_the_rule_that_was_chosen",
@@ -110,11 +128,18 @@ pub const PATCHED_CASES: &[(&str, GuestCase)] = &[
     ),
 ];
 
+/// The same, too costly to be run twice: under KVM only.
+pub const PATCHED_KVM_CASES: &[(&str, GuestCase)] = &[(
+    "no_write_is_lost_by_five_moves_and_five_that_are_taken_back",
+    disk_faults::nothing_is_lost,
+)];
+
 pub const OTHER_CASES: &[(&str, OtherCase)] = &[
     ("an_accelerator_is_chosen_by_trying", guests::accelerator),
     ("a_link_carries_its_rate", network::link_rate),
     ("a_link_can_be_cut_and_restored", network::cut_and_restore),
     ("three_hosts_reach_each_other", network::three_hosts),
+    ("a_wan_has_time_rate_and_loss", app::wan),
     ("hosts_go_with_their_processes", network::hosts_go),
     (
         "a_killed_testbed_is_cleaned_up_after",
@@ -136,6 +161,8 @@ pub const COMMAND_CASES: &[(&str, OtherCase)] = &[
     ),
     ("abort_from_outside_rolls_back", commands::aborted),
     ("a_measurement_leaves_nothing_behind", measure::misuse),
+    ("users_of_an_application_feel_a_move", app::three_policies),
+    ("traffic_is_counted_between_vms", app::traffic_matrix),
 ];
 
 pub const LIMIT: Duration = Duration::from_secs(20);

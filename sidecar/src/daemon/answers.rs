@@ -10,6 +10,7 @@ use crate::protocol::codec::CommandError;
 use crate::protocol::command as c;
 use crate::protocol::dirty::{AnyEvent, DirtyStartArgs, DirtyVmArgs};
 use crate::protocol::probe::{ProbeArgs, ProbeListenArgs};
+use crate::protocol::traffic::QueryTrafficArgs;
 use crate::protocol::types::{HostInfo, VmEntry};
 
 impl Daemon {
@@ -187,6 +188,7 @@ fn schema() -> Value {
             command::<c::RunArgs>("abort", true),
             command::<c::FinishArgs>("finish", false),
             command::<c::ThrottleArgs>("throttle", false),
+            command::<c::ThrottleDisksArgs>("throttle-disks", false),
             command::<c::VmArgs>("yank", true),
             command::<c::RunArgs>("keep-alive", false),
             command::<c::ReportIntervalArgs>("set-report-interval", false),
@@ -197,6 +199,7 @@ fn schema() -> Value {
             command::<DirtyVmArgs>("query-dirty", false),
             command::<ProbeListenArgs>("probe-listen", false),
             command::<ProbeArgs>("probe", false),
+            command::<QueryTrafficArgs>("query-traffic", false),
         ],
         "events": schema_for!(AnyEvent),
     })

@@ -24,6 +24,8 @@ use crate::relay::return_path::AckGate;
 const HELLO_DEADLINE: Duration = Duration::from_secs(2);
 /// Bytes that wait for so long without any being taken mean a dead peer.
 const STALL: Duration = Duration::from_millis(2500);
+/// An NBD server closes when it is told to, a moment before the source does: not longer before.
+const CLOSED_BEFORE: Duration = Duration::from_millis(500);
 /// What is moved in one go, so that the loop stays responsive.
 const TURN_BYTES: usize = 2 << 20;
 
@@ -79,6 +81,8 @@ pub enum Step {
     Finished,
     /// It broke; why.
     Broken(String),
+    /// Destination: QEMU has closed the connection of a disk that is not complete.
+    Dropped,
 }
 
 /// A channel. See the module.
@@ -102,6 +106,8 @@ pub struct Channel {
     gate: Option<AckGate>,
     filtered: Vec<u8>,
     waiting_since: Option<Instant>,
+    /// Destination: the NBD server has closed, and the source does within this time.
+    closed_by: Option<Instant>,
     /// Source: what the NBD server at the destination owes.
     nbd: NbdWatch,
     /// It answers within this time, or the connection is cut: the guest's own writes may come to wait
@@ -158,6 +164,7 @@ impl Channel {
             gate: None,
             filtered: Vec::new(),
             waiting_since: None,
+            closed_by: None,
             nbd: NbdWatch::default(),
             disk_stall: STALL,
         }
@@ -225,6 +232,12 @@ impl Channel {
         matches!(self.state, State::Open) && !self.from_qemu.is_empty() && self.peer.writable
     }
 
+    /// Source: whether bytes wait and the path takes none.
+    #[must_use]
+    pub fn waits_for_path(&self) -> bool {
+        matches!(self.state, State::Open) && !self.from_qemu.is_empty() && !self.peer.writable
+    }
+
     /// Does what can be done without pacing. On the source's host the stream itself is only read
     /// here, [`Self::send`] writes it.
     pub fn step(&mut self, now: Instant) -> Step {
@@ -282,6 +295,13 @@ impl Channel {
                         idle = false;
                     }
                     Moved::Blocked | Moved::End => qemu.writable = false,
+                    // Its NBD server has closed: nobody reads this any more.
+                    Moved::Broken(_) if self.is_disk => {
+                        let n = self.to_qemu.len();
+                        self.to_qemu.consume(n);
+                        self.from_qemu.end();
+                        break;
+                    }
                     Moved::Broken(error) => return broken("the incoming QEMU", &error),
                 }
             }
@@ -305,12 +325,14 @@ impl Channel {
             }
         }
         if self.from_qemu.is_done() {
-            // QEMU closed its end: it has loaded everything, or failed. Nothing more can come. An
-            // NBD server closes when it is told to, a moment before the source does.
+            // QEMU closed its end: it has loaded everything, or failed. Nothing more can come.
             if !self.is_disk || self.to_qemu.has_ended() {
                 return Step::Finished;
             }
-            self.waiting_since.get_or_insert(now);
+            let by = *self.closed_by.get_or_insert(now + CLOSED_BEFORE);
+            if by <= now {
+                return Step::Dropped;
+            }
         }
         if moved >= TURN_BYTES {
             Step::More
@@ -515,7 +537,8 @@ impl Channel {
             State::Open | State::Lingering => {
                 let waits = self.waiting_since.map(|since| since + STALL);
                 let silent = self.nbd.deadline(self.disk_stall);
-                [waits, silent].into_iter().flatten().min()
+                let closed = self.closed_by.filter(|_| !self.is_lingering());
+                [waits, silent, closed].into_iter().flatten().min()
             }
         }
     }

@@ -108,6 +108,11 @@ impl Daemon {
                 }
                 return None;
             }
+            Command::QueryTraffic(args) => {
+                let time = Duration::from_millis(args.duration_ms);
+                let job = args.check().map(|()| Job::CountTraffic(asker, time));
+                job.map_err(CommandError::generic)
+            }
             command => return Some(self.command(now, client, command)),
         };
         match job.and_then(|job| self.storage.submit(job).map_err(CommandError::generic)) {
@@ -200,6 +205,14 @@ impl Daemon {
                     result = result.and(source.back(now));
                 });
                 found.and_then(|value| result.map(|()| value).map_err(CommandError::generic))
+            }
+            Command::ThrottleDisks(args) => {
+                let vm = VmArgs {
+                    run: args.run,
+                    epoch: args.epoch,
+                    vm: args.vm,
+                };
+                self.with_source(&vm, |source| source.throttle_disks(now, args.bytes_per_s))
             }
             Command::Throttle(args) => {
                 if args.percent > 99 {
@@ -403,7 +416,9 @@ impl Daemon {
         self.yield_monitor(now, &vm.vm);
         let qmp = self.config.qmp_path(&vm.vm);
         let incoming = self.incoming_path(&vm.vm);
-        let adopt = self.config.vm(&vm.vm).is_some_and(|config| config.adopt);
+        let config = self.config.vm(&vm.vm);
+        let adopt = config.is_some_and(|config| config.adopt);
+        let images = config.map_or_else(Vec::new, |config| config.disks.clone());
         let stream_address = self.stream_address.clone();
         let Some(entry) = self.runs.get_mut(&args.run) else {
             return Ok(false);
@@ -427,7 +442,9 @@ impl Daemon {
         let half = match args.role {
             Role::Source => {
                 let source = Source::new(now, vm.vm.clone(), vm.uuid, settings);
-                VmHalf::Source(Box::new(source.with_disks(&vm.disks)))
+                let has_hook = !self.config.hooks.before_switchover.is_empty();
+                let source = source.with_disks(&vm.disks).with_hook(has_hook);
+                VmHalf::Source(Box::new(source))
             }
             Role::Destination => VmHalf::Destination(Box::new(Destination::new(
                 now,
@@ -440,6 +457,7 @@ impl Daemon {
                     incoming_path: incoming.display().to_string(),
                     spawn: !adopt,
                     disks: vm.disks.clone(),
+                    images,
                     nbd_path: incoming.with_extension("nbd").display().to_string(),
                 },
             ))),
@@ -484,7 +502,7 @@ impl Daemon {
             self.set_peer((args.run, index), address);
             let entry = self.runs.get_mut(&args.run);
             if let Some(source) = entry.and_then(|entry| entry.run.halves[index].source_mut()) {
-                source.start(now);
+                source.start(now, args.disks_only);
             }
         }
         Ok(json!({}))

@@ -79,6 +79,12 @@ impl Stream {
         count(&seen).saturating_sub(count(&self.begun))
     }
 
+    /// Whether bytes wait that the path does not take, though the pace would let them go.
+    #[must_use]
+    pub fn waits_for_path(&self) -> bool {
+        self.appetite.is_kept_short(self.seen, self.pace)
+    }
+
     fn look(&mut self) -> Progress {
         // A socket that is gone keeps its last numbers.
         if let Ok(seen) = tcp::progress(&self.socket) {

@@ -63,6 +63,21 @@ impl Daemon {
         }
     }
 
+    /// Destination: QEMU has closed the connection of a disk before the source did.
+    pub(super) fn disk_dropped(&mut self, id: usize) {
+        let half = self.channels.get(&id).and_then(|channel| channel.half);
+        self.drop_channel(id);
+        let Some(key) = half else { return };
+        self.cut_stream(key);
+        if let Some(entry) = self.runs.get_mut(&key.0) {
+            entry.run.halves[key.1].fail(
+                "the destination's QEMU closed the NBD connection of a disk before it was complete: \
+                 its NBD server or export was removed by somebody else (leave its monitor to Muster \
+                 while it waits), or see its log",
+            );
+        }
+    }
+
     /// Destination: the NBD server has stopped.
     pub(super) fn seal_disks(&mut self, key: HalfKey) {
         let Some(entry) = self.runs.get(&key.0) else {

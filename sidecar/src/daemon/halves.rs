@@ -66,6 +66,8 @@ pub struct HalfIo {
     pub meter: RateMeter,
     /// What the meter last said.
     pub rate_bytes_per_s: u64,
+    /// Source: for how long bytes have waited for the path, not for their pace.
+    pub link_wait: Duration,
     /// Source: the acknowledgement may pass.
     pub gate_open: bool,
     /// Number of the note that the half waits for.
@@ -97,6 +99,7 @@ impl HalfIo {
             closed_bytes: 0,
             meter: RateMeter::default(),
             rate_bytes_per_s: 0,
+            link_wait: Duration::ZERO,
             gate_open: false,
             note: None,
             direct: Direct::default(),
@@ -114,6 +117,14 @@ impl HalfIo {
 }
 
 impl HalfIo {
+    /// Source: whether bytes wait that the path does not take, though the pace would let them go.
+    #[must_use]
+    pub fn waits_for_path(&self, channels: &HashMap<usize, Channel>) -> bool {
+        let mut open = self.channels.iter().filter_map(|id| channels.get(id));
+        let stream = self.direct.stream.as_ref();
+        open.any(Channel::waits_for_path) || stream.is_some_and(Stream::waits_for_path)
+    }
+
     /// Source: bytes that its QEMU has written and that are still on their way.
     #[must_use]
     pub fn in_flight_bytes(&self, channels: &HashMap<usize, Channel>) -> u64 {
@@ -451,6 +462,7 @@ impl Daemon {
                 }
             }
             self.drop_images(key);
+            self.hook_after(key);
         }
         if let Some(entry) = self.runs.get(&run) {
             self.pacing.remove_group(entry.group);

@@ -11,6 +11,7 @@ use nix::sys::statvfs::statvfs;
 use super::log;
 use crate::config::{DiskConfig, ImageFormat, VmConfig};
 use crate::protocol::command::PrepareDisk;
+use crate::protocol::types::Chain;
 
 /// qemu-img makes an empty image in that time.
 const QEMU_IMG_WITHIN: Duration = Duration::from_secs(10);
@@ -41,8 +42,18 @@ pub fn images_of(config: Option<&VmConfig>, disks: &[PrepareDisk]) -> Result<Vec
                 disk.node
             )
         })?;
+        let keep = disk.chain == Chain::Keep;
+        if keep && found.backing.is_none() {
+            return Err(format!(
+                "disk `{}` keeps its backing file, and none is configured here: add `backing` to \
+                 its [[vm.disk]], or set `chain = \"flatten\"` in the application file",
+                disk.node
+            ));
+        }
+        let mut known = found.clone();
+        known.backing = known.backing.filter(|_| keep);
         Ok(Image {
-            disk: found.clone(),
+            disk: known,
             size_bytes: disk.size_bytes,
         })
     };
@@ -95,7 +106,7 @@ impl Image {
             .map_err(|error| format!("its image {shown} cannot be made: {error}"))?;
         let made = match self.disk.format {
             ImageFormat::Raw => make_raw(path, self.size_bytes).map_err(|error| error.to_string()),
-            ImageFormat::Qcow2 => make_qcow2(qemu_img, path, self.size_bytes),
+            ImageFormat::Qcow2 => self.make_qcow2(qemu_img),
         };
         made.map(|()| true)
             .map_err(|error| format!("its image {shown} cannot be made: {error}"))
@@ -118,6 +129,52 @@ impl Image {
         }
         Ok(())
     }
+
+    fn make_qcow2(&self, qemu_img: &Path) -> Result<(), String> {
+        let cannot = |error: io::Error| format!("{} cannot be run: {error}", qemu_img.display());
+        let mut command = Command::new(qemu_img);
+        command.args(["create", "-q", "-f", "qcow2"]);
+        if let Some(backing) = &self.disk.backing {
+            command.args(["-F", self.disk.backing_format.name(), "-b"]);
+            command.arg(backing);
+        }
+        let mut child = command
+            .arg(&self.disk.image)
+            .arg(self.size_bytes.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(cannot)?;
+        let by = Instant::now() + QEMU_IMG_WITHIN;
+        let status = loop {
+            match child.try_wait() {
+                Ok(None) if Instant::now() < by => std::thread::sleep(LOOK),
+                Ok(None) => {
+                    // One that waits for a file system ends when that does.
+                    let _ = child.kill();
+                    return Err(format!(
+                        "{} was not done within {QEMU_IMG_WITHIN:?}",
+                        qemu_img.display()
+                    ));
+                }
+                result => break result,
+            }
+        };
+        if status
+            .as_ref()
+            .is_ok_and(|status| status.is_some_and(|status| status.success()))
+        {
+            return Ok(());
+        }
+        let _ = fs::remove_file(&self.disk.image);
+        status.map_err(cannot)?;
+        let mut said = String::new();
+        if let Some(errors) = &mut child.stderr {
+            errors.read_to_string(&mut said).map_err(cannot)?;
+        }
+        Err(said.trim().to_owned())
+    }
 }
 
 fn make_raw(path: &Path, size_bytes: u64) -> io::Result<()> {
@@ -128,47 +185,6 @@ fn make_raw(path: &Path, size_bytes: u64) -> io::Result<()> {
         let _ = fs::remove_file(path);
     }
     sized
-}
-
-fn make_qcow2(qemu_img: &Path, path: &Path, size_bytes: u64) -> Result<(), String> {
-    let cannot = |error: io::Error| format!("{} cannot be run: {error}", qemu_img.display());
-    let mut child = Command::new(qemu_img)
-        .args(["create", "-q", "-f", "qcow2"])
-        .arg(path)
-        .arg(size_bytes.to_string())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(cannot)?;
-    let by = Instant::now() + QEMU_IMG_WITHIN;
-    let status = loop {
-        match child.try_wait() {
-            Ok(None) if Instant::now() < by => std::thread::sleep(LOOK),
-            Ok(None) => {
-                // One that waits for a file system ends when that does.
-                let _ = child.kill();
-                return Err(format!(
-                    "{} was not done within {QEMU_IMG_WITHIN:?}",
-                    qemu_img.display()
-                ));
-            }
-            result => break result,
-        }
-    };
-    if status
-        .as_ref()
-        .is_ok_and(|status| status.is_some_and(|status| status.success()))
-    {
-        return Ok(());
-    }
-    let _ = fs::remove_file(path);
-    status.map_err(cannot)?;
-    let mut said = String::new();
-    if let Some(errors) = &mut child.stderr {
-        errors.read_to_string(&mut said).map_err(cannot)?;
-    }
-    Err(said.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -183,6 +199,8 @@ mod tests {
                 image: path.to_owned(),
                 format: ImageFormat::Raw,
                 reuse,
+                backing: None,
+                backing_format: ImageFormat::Raw,
             },
             size_bytes,
         }
@@ -233,7 +251,21 @@ mod tests {
             node: "disk7".into(),
             size_bytes: 1,
             copy_mode: CopyMode::Background,
+            chain: Chain::Keep,
+            read_only: false,
         }];
+        let config = VmConfig {
+            name: "db".into(),
+            qmp: None,
+            incoming: Vec::new(),
+            adopt: false,
+            disks: vec![DiskConfig {
+                node: "disk7".into(),
+                ..image(Path::new("/a"), false, 1).disk
+            }],
+        };
+        let error = images_of(Some(&config), &disks).expect_err("no backing file");
+        assert!(error.contains("flatten"), "{error}");
         let error = images_of(None, &disks).expect_err("unknown");
         assert!(
             error.contains("disk7") && error.contains("[[vm.disk]]"),

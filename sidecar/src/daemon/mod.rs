@@ -24,6 +24,7 @@ mod direct_pace;
 mod dirty;
 mod disks;
 mod halves;
+mod hooks;
 mod images;
 mod link;
 mod net;
@@ -34,6 +35,7 @@ mod scanner;
 mod storage;
 mod streams;
 mod tcp;
+mod traffic;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -363,6 +365,12 @@ impl Daemon {
     fn stored(&mut self, now: Now, done: Done) {
         match done {
             Done::Answer(asker, result) => self.answer(asker, &result),
+            Done::Hooked(run, half, result) => {
+                let entry = self.runs.get_mut(&run);
+                if let Some(source) = entry.and_then(|e| e.run.halves[half].source_mut()) {
+                    source.hook_ended(now, result);
+                }
+            }
             Done::Spawned(run, half, child, created) => {
                 self.spawned(now, (run, half), child, created);
             }
@@ -444,6 +452,7 @@ impl Daemon {
                     Output::Kill => self.kill(now, key),
                     Output::Listen => self.listen_for_qemu(now, key),
                     Output::ListenDisks => self.listen_for_disks(now, key),
+                    Output::RunHook => self.hook_before(now, key),
                     Output::SealDisks => self.seal_disks(key),
                     Output::Connect => self.connect_direct(now, key),
                     Output::AcceptStream => self.accept_direct(key),

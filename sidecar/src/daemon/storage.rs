@@ -2,7 +2,8 @@
 //!
 //! The event loop sends a [`Job`] over a bounded channel and is woken when its [`Done`] is there.
 //! One thread, so that jobs keep their order. Images of disks may lie on any file system, also one
-//! that hangs: what touches them has a thread of its own each time, and the register goes on.
+//! that hangs, and traffic is counted for a while: such jobs have a thread of their own each time, and
+//! the register goes on.
 
 use std::path::PathBuf;
 use std::process::Child;
@@ -14,15 +15,16 @@ use mio::Waker;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::hooks::Hook;
 use super::images::{self, Image};
-use super::{log, process};
+use super::{log, process, traffic};
 use crate::notes::{self, Note};
 use crate::protocol::codec::CommandError;
 use crate::protocol::types::{RecordKey, RecordValue};
 use crate::register::{FileRegister, Register};
 
 /// Which request of which client waits for the result.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Asker {
     /// The client.
     pub client: usize,
@@ -45,6 +47,10 @@ pub enum Job {
     Forget(Asker, Uuid),
     /// Remove images that were made for a run.
     RemoveImages(Vec<PathBuf>),
+    /// Run a hook; who waits for it.
+    Hook(Hook, Option<(Uuid, usize)>),
+    /// Count what VMs send each other, for so long.
+    CountTraffic(Asker, Duration),
     /// Start a program.
     Spawn {
         /// Images to be made before.
@@ -67,6 +73,8 @@ pub enum Done {
     NoteSaved(Uuid, u64, Result<(), String>),
     /// An answer for a client.
     Answer(Asker, Result<Value, CommandError>),
+    /// A hook that a half waits for has ended.
+    Hooked(Uuid, usize, Result<(), String>),
     /// A program was started, or not; the images that were made.
     Spawned(Uuid, usize, Result<Child, String>, Vec<PathBuf>),
 }
@@ -97,7 +105,7 @@ impl Storage {
             .name("storage".into())
             .spawn(move || {
                 for job in queue {
-                    let done = if job.touches_images() {
+                    let done = if job.takes_time() {
                         beside(job, &results, &waker)
                     } else {
                         perform(job, &mut register, &notes_dir)
@@ -128,10 +136,12 @@ impl Storage {
 }
 
 impl Job {
-    fn touches_images(&self) -> bool {
+    /// Whether others should not wait for it.
+    fn takes_time(&self) -> bool {
         match self {
+            Self::Hook(..) => true,
             Self::Spawn { images, .. } => !images.is_empty(),
-            Self::RemoveImages(_) => true,
+            Self::RemoveImages(_) | Self::CountTraffic(..) => true,
             _ => false,
         }
     }
@@ -144,33 +154,58 @@ fn tell(done: Done, results: &Sender<Done>, waker: &Waker) -> bool {
 
 /// Does a job on a thread of its own; what came of it at once, where there is none.
 fn beside(job: Job, results: &Sender<Done>, waker: &Arc<Waker>) -> Option<Done> {
-    let whose = match &job {
-        Job::Spawn { run, half, .. } => Some((*run, *half)),
-        _ => None,
-    };
+    let failed = failure_of(&job);
     let (results, waker) = (results.clone(), waker.clone());
-    let thread = std::thread::Builder::new().name("images".into());
+    let thread = std::thread::Builder::new().name("beside".into());
     let started = thread.spawn(move || {
-        if let Some(done) = with_images(job) {
+        if let Some(done) = without_register(job) {
             tell(done, &results, &waker);
         }
     });
-    let error = format!("no thread can be started: {}", started.err()?);
-    match whose {
-        Some((run, half)) => Some(Done::Spawned(run, half, Err(error), Vec::new())),
-        None => {
-            log(&format!("images of a run are left: {error}"));
-            None
+    failed(format!("no thread can be started: {}", started.err()?))
+}
+
+/// How it is told that a job was not done.
+fn failure_of(job: &Job) -> Box<dyn FnOnce(String) -> Option<Done>> {
+    match job {
+        Job::Spawn { run, half, .. } => {
+            let (run, half) = (*run, *half);
+            Box::new(move |error| Some(Done::Spawned(run, half, Err(error), Vec::new())))
         }
+        Job::Hook(_, Some((run, half))) => {
+            let (run, half) = (*run, *half);
+            Box::new(move |error| Some(Done::Hooked(run, half, Err(error))))
+        }
+        Job::CountTraffic(asker, _) => {
+            let asker = asker.clone();
+            Box::new(move |error| Some(answer(asker, Err(error))))
+        }
+        _ => Box::new(|error| {
+            log(&format!(
+                "images of a run are left, or a hook was not run: {error}"
+            ));
+            None
+        }),
     }
 }
 
-/// The jobs that have to do with images.
-fn with_images(job: Job) -> Option<Done> {
+/// The jobs that need no register.
+fn without_register(job: Job) -> Option<Done> {
     match job {
+        Job::Hook(hook, whose) => {
+            let result = hook.run();
+            if let Err(error) = &result {
+                log(error);
+            }
+            whose.map(|(run, half)| Done::Hooked(run, half, result))
+        }
         Job::RemoveImages(paths) => {
             images::remove(&paths);
             None
+        }
+        Job::CountTraffic(asker, time) => {
+            let counted = traffic::count(time).map(|count| json!(count));
+            Some(answer(asker, counted))
         }
         Job::Spawn {
             images,
@@ -258,6 +293,8 @@ fn perform(job: Job, register: &mut FileRegister, notes_dir: &std::path::Path) -
             register.records(run).map(|records| records_value(&records)),
         ),
         Job::Forget(asker, run) => answer(asker, register.forget(run).map(|()| json!({}))),
-        Job::RemoveImages(_) | Job::Spawn { .. } => return with_images(job),
+        Job::RemoveImages(_) | Job::CountTraffic(..) | Job::Spawn { .. } | Job::Hook(..) => {
+            return without_register(job);
+        }
     })
 }

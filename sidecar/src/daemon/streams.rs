@@ -371,6 +371,7 @@ impl Daemon {
             Step::Finished if channel.is_disk => self.disk_ended(now, id),
             Step::Finished => self.drop_channel(id),
             Step::Broken(error) => self.break_channel(id, &error),
+            Step::Dropped => self.disk_dropped(id),
         }
         if let Some(key) = half {
             self.update_backlog(key);
@@ -474,7 +475,9 @@ impl Daemon {
         {
             return;
         }
-        self.measured_at = Some(now.mono);
+        let before = self.measured_at.replace(now.mono).unwrap_or(now.mono);
+        // What is seen now counts for the time since it was looked at last, unless that is long ago.
+        let time = now.mono.duration_since(before).min(MEASURE * 2);
         self.reap();
         for entry in self
             .runs
@@ -486,6 +489,9 @@ impl Daemon {
                 io.rate_bytes_per_s = io.meter.observe(now.mono, bytes);
                 if let Some(source) = half.source_mut() {
                     source.rate_bytes_per_s = io.rate_bytes_per_s;
+                    if io.waits_for_path(&self.channels) {
+                        io.link_wait += time;
+                    }
                 }
             }
         }
@@ -499,6 +505,7 @@ impl Daemon {
         for (report, io) in reports.iter_mut().zip(&entry.io) {
             report.transferred_bytes = io.stream_bytes(report.role, &self.channels);
             report.rate_bytes_per_s = io.rate_bytes_per_s;
+            report.link_wait_ms = crate::hold::millis(io.link_wait);
             let limit = io.leaf.and_then(|leaf| self.pacing.leaf_limit(leaf));
             report.limit_bytes_per_s = limit.map(|rate| rate.0);
         }

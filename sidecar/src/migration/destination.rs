@@ -22,6 +22,7 @@ use super::identity::{Identity, Question};
 use super::source::Settings;
 use super::{Half, Now, Output, STREAM_FD};
 use crate::commit::{DestinationHalf, Next};
+use crate::config::DiskConfig;
 use crate::protocol::command::PrepareDisk;
 use crate::protocol::event::Event;
 use crate::protocol::types::{Phase, Role, Transport, VmReport};
@@ -82,6 +83,8 @@ pub struct Place {
     pub spawn: bool,
     /// Local disks that come with it.
     pub disks: Vec<PrepareDisk>,
+    /// What is known of their images.
+    pub images: Vec<DiskConfig>,
     /// Unix socket of QEMU's NBD server.
     pub nbd_path: String,
 }
@@ -123,7 +126,11 @@ impl Destination {
         } else {
             Output::ConnectQmp
         });
-        let exports = Exports::new(place.disks.clone(), place.nbd_path.clone());
+        let exports = Exports::new(
+            place.disks.clone(),
+            place.images.clone(),
+            place.nbd_path.clone(),
+        );
         Self {
             half,
             qmp: None,

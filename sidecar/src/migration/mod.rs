@@ -59,6 +59,8 @@ pub enum Output {
     OpenAckGate,
     /// Put a limit on the VM's stream in the relay, or take it off.
     Unpace,
+    /// Run the hook before the switchover, and answer with `hook_ended`.
+    RunHook,
     /// Write the run's note to disk and answer with `note_saved`.
     SaveNote,
 }
@@ -223,6 +225,7 @@ impl Half {
             remaining_bytes: 0,
             dirty_rate_bytes_per_s: 0,
             rate_bytes_per_s: 0,
+            link_wait_ms: 0,
             limit_bytes_per_s: None,
             throttle_percent: 0,
             history: self.history.clone(),

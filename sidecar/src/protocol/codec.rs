@@ -162,6 +162,7 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "abort" => with!(Abort),
         "finish" => with!(Finish),
         "throttle" => with!(Throttle),
+        "throttle-disks" => with!(ThrottleDisks),
         "yank" => with!(Yank),
         "keep-alive" => with!(KeepAlive),
         "set-report-interval" => with!(SetReportInterval),
@@ -172,6 +173,7 @@ fn read_command(name: &str, value: Value) -> Result<Command, CommandError> {
         "query-dirty" => with!(QueryDirty),
         "probe-listen" => with!(ProbeListen),
         "probe" => with!(Probe),
+        "query-traffic" => with!(QueryTraffic),
         _ => {
             let desc = format!("the command `{name}` is not known; see query-muster-schema");
             return Err(CommandError::not_found(desc));
@@ -207,6 +209,7 @@ impl Command {
             Self::Abort(_) => "abort",
             Self::Finish(_) => "finish",
             Self::Throttle(_) => "throttle",
+            Self::ThrottleDisks(_) => "throttle-disks",
             Self::Yank(_) => "yank",
             Self::KeepAlive(_) => "keep-alive",
             Self::SetReportInterval(_) => "set-report-interval",
@@ -217,6 +220,7 @@ impl Command {
             Self::QueryDirty(_) => "query-dirty",
             Self::ProbeListen(_) => "probe-listen",
             Self::Probe(_) => "probe",
+            Self::QueryTraffic(_) => "query-traffic",
         }
     }
 
@@ -236,6 +240,7 @@ impl Command {
             Self::Hold(a) | Self::Yank(a) => (a.run, a.epoch),
             Self::Finish(a) => (a.run, a.epoch),
             Self::Throttle(a) => (a.run, a.epoch),
+            Self::ThrottleDisks(a) => (a.run, a.epoch),
             Self::SetReportInterval(a) => (a.run, a.epoch),
             Self::Arm(a)
             | Self::Disarm(a)
@@ -280,12 +285,14 @@ impl Command {
             Self::Decide(a) => value(a),
             Self::Finish(a) => value(a),
             Self::Throttle(a) => value(a),
+            Self::ThrottleDisks(a) => value(a),
             Self::SetReportInterval(a) => value(a),
             Self::Recover(a) => value(a),
             Self::DirtyStart(a) => value(a),
             Self::DirtyStop(a) | Self::QueryDirty(a) => value(a),
             Self::ProbeListen(a) => value(a),
             Self::Probe(a) => value(a),
+            Self::QueryTraffic(a) => value(a),
         }
     }
 

@@ -8,7 +8,8 @@ use uuid::Uuid;
 
 use super::dirty::{DirtyStartArgs, DirtyVmArgs};
 use super::probe::{ProbeArgs, ProbeListenArgs};
-use super::types::{CopyMode, RecordValue, Role, Transport};
+use super::traffic::QueryTrafficArgs;
+use super::types::{Chain, CopyMode, RecordValue, Role, Transport};
 
 /// Names the run that a command belongs to. Every mutating command carries both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -97,6 +98,12 @@ pub struct PrepareDisk {
     /// How the guest's writes follow.
     #[serde(default, skip_serializing_if = "is_background")]
     pub copy_mode: CopyMode,
+    /// What of it is copied, where it has a backing file.
+    #[serde(default, skip_serializing_if = "is_flatten")]
+    pub chain: Chain,
+    /// The guest cannot write to it: it is copied once.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
 }
 
 /// Bounds of intelligent pre-copy termination (VMbuddies 4.2).
@@ -151,6 +158,10 @@ pub struct StartArgs {
     pub epoch: u64,
     /// VM name → stream address of its destination's sidecar (from PREPARED there).
     pub vms: BTreeMap<String, String>,
+    /// Copy the local disks only, and hold their mirrors back when they are complete; `start` without
+    /// it lets what was written since, and the memory, follow. Since 1.4.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
 }
 
 /// `pace`: limits and weights, effective at once, also during a round.
@@ -208,6 +219,20 @@ pub struct ThrottleArgs {
     pub vm: String,
     /// 0 (off) to 99 percent.
     pub percent: u8,
+}
+
+/// `throttle-disks`: limits what the guest writes to each of its local disks that move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ThrottleDisksArgs {
+    /// The run.
+    pub run: Uuid,
+    /// The coordinator's epoch.
+    pub epoch: u64,
+    /// The VM's name.
+    pub vm: String,
+    /// For each of its disks, in bytes per second; 0: no limit.
+    pub bytes_per_s: u64,
 }
 
 /// `set-report-interval`.
@@ -307,6 +332,10 @@ fn is_default_disk_stall(ms: &u64) -> bool {
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_flatten(chain: &Chain) -> bool {
+    *chain == Chain::Flatten
+}
+
 fn is_background(mode: &CopyMode) -> bool {
     *mode == CopyMode::Background
 }
@@ -378,6 +407,8 @@ pub enum Command {
     Finish(FinishArgs),
     /// `throttle`.
     Throttle(ThrottleArgs),
+    /// `throttle-disks`.
+    ThrottleDisks(ThrottleDisksArgs),
     /// `yank`: cuts the migration stream of one VM (out-of-band).
     Yank(VmArgs),
     /// `keep-alive`: renews the coordinator's lease.
@@ -398,6 +429,8 @@ pub enum Command {
     ProbeListen(ProbeListenArgs),
     /// `probe`: measures the bandwidth to another host; PROBED follows.
     Probe(ProbeArgs),
+    /// `query-traffic`: counts for a while; [`super::traffic::TrafficCount`].
+    QueryTraffic(QueryTrafficArgs),
 }
 
 #[cfg(test)]

@@ -26,6 +26,13 @@ pub enum Event {
         #[serde(default)]
         qemu_build: QemuBuild,
     },
+    /// Every local disk that moves with the VM was copied once. Since 1.4.
+    DisksCopied {
+        /// The VM.
+        vm: String,
+        /// Written meanwhile, and not sent yet, in bytes.
+        remaining_bytes: u64,
+    },
     /// A pre-copy round ended.
     Round {
         /// The VM.

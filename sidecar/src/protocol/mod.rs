@@ -20,6 +20,7 @@
 //! - [`event`]: the events and the reports in them.
 //! - [`dirty`]: measurements of a VM's dirty pages, commands and events.
 //! - [`probe`]: probes of the bandwidth between hosts.
+//! - [`traffic`]: counts of what VMs send each other.
 //! - [`types`]: what both share.
 
 pub mod codec;
@@ -28,9 +29,10 @@ pub mod dirty;
 pub mod event;
 pub mod lines;
 pub mod probe;
+pub mod traffic;
 pub mod types;
 
 /// Major version of the protocol: peers with another one refuse each other.
 pub const PROTOCOL_MAJOR: u32 = 1;
 /// Minor version of the protocol: additions only.
-pub const PROTOCOL_MINOR: u32 = 4;
+pub const PROTOCOL_MINOR: u32 = 5;

@@ -40,6 +40,26 @@ pub enum CopyMode {
     WriteBlocking,
 }
 
+/// What of a disk that has a backing file is copied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Chain {
+    /// Everything that the guest can read: what comes out needs no backing file.
+    #[default]
+    Flatten,
+    /// The topmost image: both hosts have the backing files.
+    Keep,
+}
+
+impl fmt::Display for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Flatten => "flatten",
+            Self::Keep => "keep",
+        })
+    }
+}
+
 impl fmt::Display for CopyMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -246,6 +266,10 @@ pub struct VmReport {
     pub dirty_rate_bytes_per_s: u64,
     /// Measured speed of the stream in bytes per second.
     pub rate_bytes_per_s: u64,
+    /// For how long, in milliseconds, bytes of the stream have waited for the path, which took less
+    /// than the pace allows (source). Since 1.5.
+    #[serde(default)]
+    pub link_wait_ms: u64,
     /// The limit set by `pace`, if any, in bytes per second.
     pub limit_bytes_per_s: Option<u64>,
     /// vCPU throttle in percent, 0 when off.
@@ -278,6 +302,12 @@ pub struct DiskReport {
     pub copied_bytes: u64,
     /// Bytes that differ, or are not copied yet.
     pub remaining_bytes: u64,
+    /// How fast the guest writes to it: distinct blocks of 4 KiB in a second, in bytes.
+    #[serde(default)]
+    pub dirty_rate_bytes_per_s: u64,
+    /// Distinct blocks that it has written since the copy began, in bytes.
+    #[serde(default)]
+    pub dirty_set_bytes: u64,
     /// Whether all of it was copied once, and what the guest writes follows.
     pub ready: bool,
 }

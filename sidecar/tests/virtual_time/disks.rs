@@ -1,7 +1,7 @@
 //! VMs with local disks.
 
 use sidecar::protocol::command::PrepareDisk;
-use sidecar::protocol::types::CopyMode;
+use sidecar::protocol::types::{Chain, CopyMode};
 
 use super::*;
 
@@ -12,6 +12,8 @@ fn disks() -> Vec<PrepareDisk> {
         node: node.into(),
         size_bytes,
         copy_mode: CopyMode::Background,
+        chain: Chain::Flatten,
+        read_only: false,
     };
     DISKS.map(disk).into()
 }
@@ -33,6 +35,7 @@ fn destination() -> World {
         incoming_path: "/run/db.in".into(),
         spawn: true,
         disks: disks(),
+        images: Vec::new(),
         nbd_path: "/run/db.nbd".into(),
     };
     let make = |now| {
@@ -78,6 +81,67 @@ fn memory_follows_when_every_disk_is_mirrored() {
     world.qemu.mirrors_ready(MIB);
     world.pass(Duration::from_millis(50));
     assert_eq!(world.count("migrate"), 1);
+}
+
+/// Up to the moment at which every disk was copied, memory not being wanted yet.
+fn copied_disks_only(world: &mut World) {
+    world.up_to(Phase::Prepared);
+    let now = world.now;
+    world.src().start(now, true);
+    world.settle();
+    world.qemu.mirrors_ready(0);
+    world.settle();
+}
+
+#[test]
+fn complete_mirrors_are_held_back_until_memory_is_to_follow() {
+    let mut world = source();
+    copied_disks_only(&mut world);
+    assert!(world.has(|e| matches!(e, Event::DisksCopied { .. })));
+    assert_eq!(world.count("block-job-pause"), 2);
+    // What the guest writes meanwhile is known, though the jobs do nothing.
+    world.qemu.written = 3 * MIB;
+    world.pass(Duration::from_secs(3));
+    assert_eq!(world.count("migrate"), 0);
+    let report = world.src().report();
+    assert_eq!(report.remaining_bytes, (256 + 2 * 3) * MIB);
+    assert_eq!(report.disks[0].dirty_rate_bytes_per_s, 3 * MIB);
+    assert_eq!(report.disks[0].dirty_set_bytes, 3 * MIB);
+    let now = world.now;
+    for _ in 0..2 {
+        world.src().start(now, false);
+        world.settle();
+    }
+    assert_eq!(world.count("block-job-resume"), 2);
+    assert_eq!(world.count("migrate"), 1);
+    world.pass(Duration::from_secs(3));
+    assert_eq!(world.src().report().disks[0].remaining_bytes, 0);
+}
+
+#[test]
+fn a_guest_that_was_slowed_is_so_no_more_after_an_abort() {
+    let mut world = source();
+    world.up_to(Phase::Precopy);
+    let now = world.now;
+    world.src().throttle_disks(now, 500_000);
+    world.settle();
+    let limits = |world: &World| world.qemu.limits.values().copied().collect::<Vec<u64>>();
+    assert_eq!(limits(&world), [500_000, 500_000]);
+    world.run.abort();
+    world.pass(Duration::from_secs(3));
+    assert_eq!(limits(&world), [0, 0]);
+    assert_eq!(world.phase(), Phase::RolledBack);
+}
+
+#[test]
+fn an_abort_ends_mirrors_that_are_held_back() {
+    let mut world = source();
+    copied_disks_only(&mut world);
+    world.run.abort();
+    world.pass(Duration::from_secs(3));
+    assert_eq!(world.phase(), Phase::RolledBack);
+    assert_eq!(world.count("block-dirty-bitmap-remove"), 4);
+    assert!(world.qemu.targets.is_empty() && world.qemu.jobs.is_empty());
 }
 
 #[test]
@@ -290,4 +354,34 @@ fn memory_that_comes_before_the_disks_are_complete_does_not_arrive() {
     world.pass(Duration::from_secs(1));
     assert!(!world.has(|e| matches!(e, Event::Arrived { .. })));
     assert_eq!(world.phase(), Phase::RolledBack);
+}
+
+#[test]
+fn a_vm_is_armed_when_its_hook_has_ended_and_not_when_it_fails() {
+    for result in [Ok(()), Err("the hook failed".to_owned())] {
+        let make = |now| {
+            let source = Source::new(now, "db".into(), VM, settings(true)).with_hook(true);
+            VmHalf::Source(Box::new(source))
+        };
+        let mut world = World::new(make, "running");
+        world.up_to(Phase::Held);
+        let now = world.now;
+        for _ in 0..2 {
+            world.src().arm(now);
+            world.settle();
+        }
+        let hooks = world.outputs.iter().filter(|one| **one == Output::RunHook);
+        assert_eq!(hooks.count(), 1);
+        assert_eq!(world.phase(), Phase::Held);
+        let is_good = result.is_ok();
+        world.src().hook_ended(now, result);
+        world.pass(Duration::from_millis(300));
+        let expected = if is_good {
+            Phase::Armed
+        } else {
+            Phase::RolledBack
+        };
+        world.pass(Duration::from_secs(2));
+        assert_eq!(world.phase(), expected);
+    }
 }

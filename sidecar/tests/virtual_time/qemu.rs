@@ -20,6 +20,10 @@ pub struct Qemu {
     pub commands: Vec<String>,
     /// It does not answer any more.
     pub hung: bool,
+    /// What writes to its devices are limited to.
+    pub limits: BTreeMap<String, u64>,
+    /// What all dirty bitmaps of its disks hold.
+    pub written: u64,
     /// Its disks: block node and size.
     pub disks: Vec<(String, u64)>,
     /// Mirror jobs: offset and length.
@@ -77,6 +81,8 @@ impl Qemu {
             dirty_pages_per_s: 0,
             commands: Vec::new(),
             hung: false,
+            limits: BTreeMap::new(),
+            written: 0,
             disks: Vec::new(),
             jobs: BTreeMap::new(),
             targets: Vec::new(),
@@ -212,12 +218,29 @@ impl Qemu {
         match name {
             "query-named-block-nodes" => {
                 let node = |(name, size): &(String, u64)| {
+                    let bitmap = |name: &str| json!({ "name": name, "count": self.written });
                     json!({
                         "node-name": name, "drv": "raw", "ro": false,
                         "image": { "virtual-size": size },
+                        "dirty-bitmaps": [
+                            bitmap("muster-rate"), bitmap("muster-set"), { "count": self.written }
+                        ],
                     })
                 };
                 return Ok(self.disks.iter().map(node).collect());
+            }
+            "query-block" => {
+                let device = |(name, _): &(String, u64)| {
+                    json!({
+                        "qdev": format!("{name}-device"),
+                        "inserted": { "node-name": name, "bps_wr": 0 },
+                    })
+                };
+                return Ok(self.disks.iter().map(device).collect());
+            }
+            "block_set_io_throttle" => {
+                let limit = arguments["bps_wr"].as_u64().unwrap_or(0);
+                self.limits.insert(text("id"), limit);
             }
             "query-block-jobs" => {
                 let job = |(id, (offset, len)): (&String, &(u64, u64))| json!({ "device": id, "type": "mirror", "offset": offset, "len": len });

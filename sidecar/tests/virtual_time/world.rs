@@ -69,6 +69,7 @@ impl World {
             incoming_path: "/run/db.in".into(),
             spawn: true,
             disks: Vec::new(),
+            images: Vec::new(),
             nbd_path: "/run/db.nbd".into(),
         };
         let make = |now| {
@@ -169,6 +170,7 @@ impl World {
                     | Output::Unpace
                     | Output::AcceptStream
                     | Output::SealDisks => {}
+                    Output::RunHook => {}
                     Output::ListenDisks => self.src().disks_listening(now, "/run/db.mirror"),
                 }
                 self.outputs.push(output);
@@ -243,7 +245,7 @@ impl World {
             return;
         }
         let now = self.now;
-        self.src().start(now);
+        self.src().start(now, false);
         self.pass(Duration::from_millis(200));
         if phase == Phase::Precopy {
             return;

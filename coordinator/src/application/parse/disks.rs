@@ -1,7 +1,7 @@
 //! `[[vm.disks]]`: local disks that move with their VM.
 
 use sidecar::config::is_node_name;
-use sidecar::protocol::types::CopyMode;
+use sidecar::protocol::types::{Chain, CopyMode};
 
 use super::settings::choice;
 use super::tables;
@@ -17,6 +17,11 @@ pub(super) fn read_disks(vm: &mut TableReader<'_, '_>, problems: &mut Problems<'
         let names = modes.map(|mode| (mode.to_string(), mode));
         let choices = names.each_ref().map(|(name, mode)| (name.as_str(), *mode));
         let copy_mode = choice(&mut reader, problems, "copy-mode", &choices).unwrap_or_default();
+        let chains = [Chain::Flatten, Chain::Keep].map(|chain| (chain.to_string(), chain));
+        let choices = chains
+            .each_ref()
+            .map(|(name, chain)| (name.as_str(), *chain));
+        let chain = choice(&mut reader, problems, "chain", &choices).unwrap_or_default();
         let expected = "the name of its block node, such as \"disk0\"";
         match reader.text(problems, "node", expected) {
             None if !reader.has("node") => reader.missing(problems, "node", expected),
@@ -32,6 +37,7 @@ pub(super) fn read_disks(vm: &mut TableReader<'_, '_>, problems: &mut Problems<'
             Some(found) => disks.push(Disk {
                 node: found.value,
                 copy_mode,
+                chain,
             }),
         }
         reader.finish(problems);

@@ -1,10 +1,11 @@
 //! A file as it was read, before it is known whether it says enough for a move.
 
+use rate_limiter::BytesPerSecond;
 use uuid::Uuid;
 
 use super::settings::Settings;
 use crate::application::{
-    Application, ControlAddress, Disk, Host, Link, Outline, OutlineHost, OutlineVm, Traffic,
+    Application, ControlAddress, Disk, Host, Link, Mac, Outline, OutlineHost, OutlineVm, Traffic,
     TransportChoice, Vm,
 };
 
@@ -24,8 +25,10 @@ pub(super) struct DraftHost {
 
 pub(super) struct DraftVm {
     pub uuid: Option<Uuid>,
+    pub mac: Option<Mac>,
     pub transport: Option<TransportChoice>,
     pub disks: Vec<Disk>,
+    pub min_write_rate: Option<BytesPerSecond>,
     pub known: OutlineVm,
 }
 
@@ -34,10 +37,12 @@ impl Draft {
     pub(super) fn outline(self) -> Outline {
         let app = self.settings.application;
         Outline {
+            throttle: app.throttle(),
             name: app.name,
             policy: app.policy,
             allowance: app.allowance,
             max_downtime: app.max_downtime,
+            deadline: app.deadline,
             termination: app.termination,
             replica_groups: app.replica_groups,
             hosts: self.hosts.into_iter().map(|host| host.known).collect(),
@@ -79,11 +84,14 @@ impl DraftVm {
         Some(Vm {
             name: self.known.name,
             uuid: self.uuid?,
+            mac: self.mac,
             tier: self.known.tier,
             from: self.known.from?,
             to: self.known.to?,
             transport: self.transport,
+            max_throttle: self.known.max_throttle,
             disks: self.disks,
+            min_write_rate: self.min_write_rate,
             profile: self.known.profile,
         })
     }

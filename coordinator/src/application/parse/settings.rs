@@ -58,6 +58,16 @@ pub(super) fn read_transport(
     choice(reader, problems, "transport", &choices)
 }
 
+/// Reads `max-throttle`, of the application or of a VM: percent.
+pub(super) fn read_max_throttle(
+    reader: &mut TableReader<'_, '_>,
+    problems: &mut Problems<'_>,
+    least: i64,
+) -> Option<u8> {
+    let percent = reader.integer(problems, "max-throttle", least..100)?;
+    u8::try_from(percent).ok()
+}
+
 /// Reads `[application]`.
 pub(super) fn read_settings(
     top: &mut TableReader<'_, '_>,
@@ -126,13 +136,14 @@ pub(super) fn read_settings(
         "on-non-convergence",
         &non_convergence,
     );
+    let max_throttle = read_max_throttle(&mut reader, problems, 1);
     let partial = [
         ("retry", OnPartial::Retry),
         ("return", OnPartial::Return),
         ("stay", OnPartial::Stay),
     ];
     let on_partial = choice(&mut reader, problems, "on-partial", &partial);
-    let termination = read_termination(&mut reader, problems);
+    let (termination, ends_by_rule) = read_termination(&mut reader, problems);
     let replica_groups = reader.boolean(problems, "replica-groups");
     reader.finish(problems);
     Some(Settings {
@@ -149,12 +160,14 @@ pub(super) fn read_settings(
             register: HostId(0),
             horizon: horizon.unwrap_or(Duration::from_secs(10)),
             on_non_convergence: on_non_convergence.unwrap_or(OnNonConvergence::Abort),
+            max_throttle: max_throttle.unwrap_or(99),
             on_partial: on_partial.unwrap_or(OnPartial::Stay),
             report_interval: interval.unwrap_or(500 * MS),
             disk_stall: disk_stall.unwrap_or(2000 * MS),
             multifd_channels: channels.and_then(|n| u8::try_from(n).ok()).unwrap_or(0),
             transport: transport.unwrap_or_default(),
             termination,
+            ends_by_rule,
             replica_groups: replica_groups.unwrap_or(false),
             hosts: Vec::new(),
             links: Vec::new(),
@@ -185,15 +198,19 @@ fn read_allowance(
     (allowance, probe)
 }
 
-fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) -> Termination {
+/// When pre-copy ends, and whether the file names a rule that QEMU does not have itself.
+fn read_termination(
+    parent: &mut TableReader<'_, '_>,
+    problems: &mut Problems<'_>,
+) -> (Termination, bool) {
     let mut termination = Termination::default();
     let Some(value) = parent.get("termination") else {
-        return termination;
+        return (termination, false);
     };
     let Some(table) = value.get_ref().as_table() else {
         let text = "`termination` must be written as [application.termination]";
         problems.at(&value.span(), text);
-        return termination;
+        return (termination, false);
     };
     let mut reader = TableReader::new("[application.termination]", value.span(), table);
     let rules = [
@@ -201,7 +218,9 @@ fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_
         ("xen", Termination::XEN),
         ("intelligent", Termination::default()),
     ];
-    termination = choice(&mut reader, problems, "rule", &rules).unwrap_or(termination);
+    let rule = choice(&mut reader, problems, "rule", &rules);
+    let ends_by_rule = rule.is_some_and(|rule| rule != Termination::QEMU);
+    termination = rule.unwrap_or(termination);
     if let Some(epsilon) = reader.number(problems, "stall-epsilon", 0.0..1.0) {
         termination.stall_epsilon = epsilon;
     }
@@ -218,5 +237,5 @@ fn read_termination(parent: &mut TableReader<'_, '_>, problems: &mut Problems<'_
         termination.max_precopy_ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
     }
     reader.finish(problems);
-    termination
+    (termination, ends_by_rule)
 }

@@ -107,6 +107,23 @@ fn transports_of_the_application_and_of_a_vm() {
 }
 
 #[test]
+fn a_hardware_address_is_one_vms_own() {
+    let with = |macs: [&str; 2]| {
+        let [web, db] = macs.map(|mac| format!("mac = \"{mac}\"\nfrom ="));
+        GOOD.replacen("from =", &web, 1)
+            .replace("from = \"b\"", &(db + " \"b\""))
+    };
+    let app = parse(&with(["52:54:00:00:00:0A", "52:54:00:00:00:0b"])).expect("good");
+    let mac = app.vm(VmId(0)).mac.map(|mac| mac.to_string());
+    assert_eq!(mac.as_deref(), Some("52:54:00:00:00:0a"));
+    assert!(parse(GOOD).expect("good").vm(VmId(0)).mac.is_none());
+    let found = problems(&with(["52:54:00:00:00:0a", "52:54:00:00:00:0A"]));
+    assert!(found[0].1.contains("is also that of VM `web`"), "{found:?}");
+    let found = problems(&with(["ff:ff:ff:ff:ff:ff", "52:54:00:00:00:0b"]));
+    assert!(found[0].1.contains("hardware address"), "{found:?}");
+}
+
+#[test]
 fn unknown_keys_come_with_line_and_suggestion() {
     let text = GOOD.replace("bandwidth =", "bandwith =");
     let found = problems(&text);
@@ -267,4 +284,38 @@ fn local_disks_have_names_of_their_own() {
         let problems = with(disks).expect_err(disks);
         assert!(problems[0].text.contains(needle), "{disks}: {problems:?}");
     }
+}
+
+#[test]
+fn how_much_may_be_slowed() {
+    let of = |keys: &str, vm: &str| {
+        let text = GOOD
+            .replace("deadline = \"2m\"", keys)
+            .replace("memory = \"128MiB\"", vm);
+        parse(&text).map(|app| (app.throttle(), app.vms[0].max_throttle))
+    };
+    let throttle = "on-non-convergence = \"throttle\"";
+    assert_eq!(of("", ""), Ok((None, None)));
+    assert_eq!(of(throttle, ""), Ok((Some(99), None)));
+    let less = format!("{throttle}\nmax-throttle = 60");
+    assert_eq!(of(&less, "max-throttle = 0"), Ok((Some(60), Some(0))));
+    for (keys, vm) in [
+        ("max-throttle = 0", ""),
+        ("max-throttle = 100", ""),
+        ("", "max-throttle = 100"),
+    ] {
+        assert!(of(keys, vm).is_err(), "{keys} {vm}");
+    }
+}
+
+#[test]
+fn a_rule_that_qemu_does_not_have_holds_the_vms_of_every_policy() {
+    let of = |keys: &str| {
+        let app = parse(&GOOD.replace("max-rounds = 12", keys)).expect("good");
+        [Policy::Sequential, Policy::Parallel, Policy::Muster].map(|policy| app.holds(policy))
+    };
+    assert_eq!(of("max-rounds = 12"), [false, false, true]);
+    assert_eq!(of("rule = \"qemu\""), [false, false, true]);
+    assert_eq!(of("rule = \"xen\""), [true; 3]);
+    assert_eq!(of("rule = \"intelligent\""), [true; 3]);
 }

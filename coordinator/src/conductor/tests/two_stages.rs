@@ -39,7 +39,9 @@ fn app_of(guests: &[Guest], on_partial: OnPartial) -> Application {
             guest.working_set
         );
     }
-    text += "[[traffic]]\nbetween = [\"web\", \"db1\"]\nrate = \"1MB/s\"\n";
+    if guests[0].name == "web" {
+        text += "[[traffic]]\nbetween = [\"web\", \"db1\"]\nrate = \"1MB/s\"\n";
+    }
     let mut app = Application::parse(&text, Path::new("test")).expect("good");
     app.on_partial = on_partial;
     app
@@ -110,6 +112,71 @@ fn everything_is_copied_once_and_then_groups_move_in_turn() {
     // A group is gathered in about the time that its dirty pages take.
     let time = end(&second) - turn(&second);
     assert!(time < s(2.0 * 300e6 / (B - 10e6)), "{time:?}");
+}
+
+#[test]
+fn a_path_that_carries_less_than_was_told_is_found_and_shared() {
+    let guests = guests(3);
+    let app = app_of(&guests, OnPartial::Stay);
+    let limits = |world: &World<'_>| {
+        let groups = world.conductor.started().iter();
+        let going = groups.filter(|one| one.group.outcome().is_none());
+        let rate = |one: &Started| {
+            one.group
+                .spec()
+                .capacity
+                .rate(one.group.spec().members.len())
+        };
+        going.map(|one| rate(one).0).collect::<Vec<u64>>()
+    };
+    let is_found = |step: &Step| matches!(step, Step::Bandwidth { rate: Some(_), .. });
+    let mut world = World::new(&app, &guests);
+    world.carries = 20e6;
+    world.until(|world| world.any(is_found));
+    assert!(world.now < s(8.0), "{:?}", world.now);
+    // All memory is still copied once at the same time.
+    world.until(|world| world.vms.iter().all(|vm| vm.copied_at.is_some()));
+    let ends: Vec<Duration> = world.vms.iter().filter_map(|vm| vm.copied_at).collect();
+    let (one, last) = (ends.iter().min().unwrap(), ends.iter().max().unwrap());
+    assert!(*last - *one < s(2.0), "{ends:?}");
+    let limit = limits(&world).into_iter().max().unwrap_or_default();
+    assert!((19_000_000..22_500_000).contains(&limit), "{limit}");
+    // It carries all again: by and by that is used.
+    world.carries = 32e6;
+    let is_lifted = |step: &Step| matches!(step, Step::Bandwidth { rate: None, .. });
+    let before = world.now;
+    world.until(|world| world.any(is_lifted));
+    assert!(world.now - before < s(30.0), "{:?}", world.now - before);
+    assert_eq!(world.end(), Outcome::Committed);
+}
+
+#[test]
+fn the_order_of_the_turns_follows_what_was_dirtied() {
+    // As foreseen db1 dirties most, and goes first: the last one's turn is the dearest.
+    let mut foreseen: Vec<Guest> = guests(4).split_off(1);
+    for (guest, working_set) in foreseen.iter_mut().zip([300e6, 300e6, 100e6]) {
+        (guest.memory, guest.working_set) = (400e6, working_set);
+    }
+    let mut app = app_of(&foreseen, OnPartial::Stay);
+    let pair = |a, b| crate::application::Traffic {
+        between: [VmId(a), VmId(b)],
+        rate: BytesPerSecond(1_000_000),
+    };
+    app.traffic = vec![pair(0, 1), pair(1, 2)];
+    let turns = |guests: &[Guest]| {
+        let mut world = World::new(&app, guests);
+        assert_eq!(world.groups(), [["db1"], ["db2"], ["db3"]]);
+        assert_eq!(world.end(), Outcome::Committed);
+        let planned = world.any(|step| matches!(step, Step::Planned { .. }));
+        let mut names = ["db1", "db2", "db3"];
+        names.sort_by_key(|name| world.at(name, is_turn));
+        (names, planned)
+    };
+    assert_eq!(turns(&foreseen), (["db1", "db2", "db3"], false));
+    // It is db3 that dirties most.
+    let mut guests = foreseen.clone();
+    (guests[0].working_set, guests[2].working_set) = (50e6, 350e6);
+    assert_eq!(turns(&guests), (["db3", "db2", "db1"], true));
 }
 
 #[test]

@@ -38,6 +38,8 @@ pub struct Vm {
     round_began: Duration,
     pub limit: Option<u64>,
     weight: f64,
+    /// For how long it has waited for the path.
+    waited: Duration,
     /// When its first round was over.
     pub copied_at: Option<Duration>,
     pub stopped_at: Option<Duration>,
@@ -48,6 +50,8 @@ pub struct World<'a> {
     pub now: Duration,
     pub vms: Vec<Vm>,
     pub steps: Vec<(Duration, Vec<String>, Step)>,
+    /// What the path carries, in bytes per second.
+    pub carries: f64,
     /// The most that all have sent at a time, in bytes per second.
     pub most: f64,
     limits: BTreeMap<Uuid, u64>,
@@ -57,7 +61,11 @@ pub struct World<'a> {
 
 impl<'a> World<'a> {
     pub fn new(app: &'a Application, guests: &[Guest]) -> Self {
-        let plan = plan(app, Policy::Comma).expect("carried out");
+        Self::with(app, Policy::Comma, guests)
+    }
+
+    pub fn with(app: &'a Application, policy: Policy, guests: &[Guest]) -> Self {
+        let plan = plan(app, policy).expect("carried out");
         let vm = |guest: &Guest| Vm {
             uuid: app
                 .vms
@@ -76,6 +84,7 @@ impl<'a> World<'a> {
             round_began: Duration::ZERO,
             limit: None,
             weight: 1.0,
+            waited: Duration::ZERO,
             copied_at: None,
             stopped_at: None,
         };
@@ -84,6 +93,7 @@ impl<'a> World<'a> {
             now: Duration::from_secs(1),
             vms: guests.iter().map(vm).collect(),
             steps: Vec::new(),
+            carries: f64::INFINITY,
             most: 0.0,
             limits: BTreeMap::new(),
             seq: BTreeMap::new(),
@@ -115,6 +125,11 @@ impl<'a> World<'a> {
         Some(found.0)
     }
 
+    /// Whether any group came to a step.
+    pub fn any(&self, is: impl Fn(&Step) -> bool) -> bool {
+        self.steps.iter().any(|(_, _, step)| is(step))
+    }
+
     /// Goes on until something is true.
     pub fn until(&mut self, is: impl Fn(&Self) -> bool) {
         while !is(self) {
@@ -130,6 +145,10 @@ impl<'a> World<'a> {
 
     pub fn end(&mut self) -> Outcome {
         self.until(|world| world.conductor.outcome().is_some());
+        // A path that carries what was told gives no cause.
+        let is_shared_anew = |step: &Step| matches!(step, Step::Bandwidth { .. });
+        let mut steps = self.steps.iter();
+        assert!(self.carries.is_finite() || !steps.any(|(_, _, step)| is_shared_anew(step)));
         self.conductor.outcome().expect("ended")
     }
 
@@ -189,8 +208,20 @@ impl<'a> World<'a> {
         self.carry_out();
     }
 
-    /// What a VM may send now: its part of its run's limit, and no more than its own.
+    /// What a VM sends now: what it may, or its part of what the path carries.
     fn rate(&self, vm: &Vm) -> f64 {
+        self.allowed(vm) * self.part()
+    }
+
+    /// What part of all that VMs may send the path carries.
+    fn part(&self) -> f64 {
+        let all = self.vms.iter().filter(|one| sends(one) && one.left > 0.0);
+        let all: f64 = all.map(|vm| self.allowed(vm)).sum();
+        (self.carries / all).min(1.0)
+    }
+
+    /// What a VM may send now: its part of its run's limit, and no more than its own.
+    fn allowed(&self, vm: &Vm) -> f64 {
         let weights = self
             .vms
             .iter()
@@ -204,10 +235,14 @@ impl<'a> World<'a> {
 
     fn flow(&mut self, index: usize) {
         let rate = self.rate(&self.vms[index]);
+        let waits = self.part() < 0.99;
         let now = self.now;
         let vm = &mut self.vms[index];
         if !sends(vm) {
             return;
+        }
+        if waits && vm.left > 0.0 {
+            vm.waited += TICK;
         }
         let step = TICK.as_secs_f64();
         let sent = (rate * step).min(vm.left);
@@ -288,6 +323,7 @@ impl<'a> World<'a> {
             rate_bytes_per_s: bytes(self.rate(vm)),
             transport: Transport::Relay,
             qemu_build: QemuBuild::Stock,
+            link_wait_ms: u64::try_from(vm.waited.as_millis()).unwrap(),
             limit_bytes_per_s: None,
             throttle_percent: 0,
             history: Vec::new(),

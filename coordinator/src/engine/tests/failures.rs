@@ -210,6 +210,7 @@ fn report(vm: &str, uuid: u128, phase: Phase) -> VmReport {
         remaining_bytes: 0,
         dirty_rate_bytes_per_s: 0,
         rate_bytes_per_s: 0,
+        link_wait_ms: 0,
         limit_bytes_per_s: None,
         throttle_percent: 0,
         history: Vec::new(),

@@ -1,9 +1,11 @@
 //! The engine in virtual time, against scripted events: no sockets, no sidecars.
 
+mod disks;
 mod failures;
 mod happy;
 mod random;
 mod stages;
+mod throttle;
 
 use super::*;
 use crate::application::OnNonConvergence;
@@ -28,7 +30,9 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         token: "0".repeat(64),
         machine: None,
         disks: Vec::new(),
+        min_write_rate: None,
         transport: Transport::Relay,
+        max_throttle: 99,
         profile: VmProfile::default(),
     });
     GroupSpec {

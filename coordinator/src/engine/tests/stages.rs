@@ -7,7 +7,7 @@ use sidecar::protocol::types::{Phase, RoundReport, VmReport};
 
 const PARKED: u64 = 65_536;
 
-fn two_stages(names: &[&str]) -> GroupSpec {
+pub(super) fn two_stages(names: &[&str]) -> GroupSpec {
     let mut spec = spec(names, true);
     spec.parked = Some(BytesPerSecond(PARKED));
     spec.scheme = Scheme::Delayed;
@@ -18,7 +18,7 @@ fn two_stages(names: &[&str]) -> GroupSpec {
     spec
 }
 
-fn last_pace(s: &Script) -> PaceArgs {
+pub(super) fn last_pace(s: &Script) -> PaceArgs {
     let found = s
         .sent
         .iter()
@@ -30,7 +30,7 @@ fn last_pace(s: &Script) -> PaceArgs {
     found.expect("paced")
 }
 
-fn round_over(s: &mut Script, vm: &str) {
+pub(super) fn round_over(s: &mut Script, vm: &str) {
     let round = RoundReport {
         round: 1,
         sent_bytes: 100 * MB,
@@ -46,10 +46,21 @@ fn round_over(s: &mut Script, vm: &str) {
     );
 }
 
-fn report(s: &mut Script, vm: &str, phase: Phase, round: u64, remaining_bytes: u64) {
+pub(super) fn report(s: &mut Script, vm: &str, phase: Phase, round: u64, remaining_bytes: u64) {
+    let report = report_of(s, vm, phase, round, remaining_bytes);
+    s.event(A, Event::Status { vms: vec![report] });
+}
+
+pub(super) fn report_of(
+    s: &Script,
+    vm: &str,
+    phase: Phase,
+    round: u64,
+    remaining_bytes: u64,
+) -> VmReport {
     let spec = s.group.spec();
     let member = spec.members.iter().find(|member| member.name == vm);
-    let report = VmReport {
+    VmReport {
         disks: Vec::new(),
         vm: vm.into(),
         uuid: member.expect("a member").uuid,
@@ -63,6 +74,7 @@ fn report(s: &mut Script, vm: &str, phase: Phase, round: u64, remaining_bytes: u
         remaining_bytes,
         dirty_rate_bytes_per_s: 5 * MB,
         rate_bytes_per_s: 0,
+        link_wait_ms: 0,
         limit_bytes_per_s: None,
         throttle_percent: 0,
         history: Vec::new(),
@@ -71,8 +83,7 @@ fn report(s: &mut Script, vm: &str, phase: Phase, round: u64, remaining_bytes: u
         resumed_at_us: None,
         rounds: Vec::new(),
         error: None,
-    };
-    s.event(A, Event::Status { vms: vec![report] });
+    }
 }
 
 fn held(s: &mut Script, vm: &str, remaining_bytes: u64) {

@@ -47,6 +47,12 @@ pub struct Inputs {
     pub(super) tiers: Option<Tiers>,
     /// When pre-copy ends without having converged.
     pub(super) rules: bandwidth::Limits,
+    /// A VM may stand still for so long at the end, in seconds.
+    pub(super) stop_s: f64,
+    /// A group is to be released within this time, in seconds.
+    pub(super) deadline_s: Option<f64>,
+    /// Whether vCPUs may be slowed.
+    pub(super) may_throttle: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -59,6 +65,8 @@ pub(super) struct InputVm {
     pub(super) working_set: Option<f64>,
     /// What the file says is left after the bulk copy.
     pub(super) dirty_set: Option<f64>,
+    /// How much its vCPUs may be slowed at most, in percent.
+    pub(super) max_throttle: u8,
 }
 
 #[allow(clippy::cast_precision_loss, reason = "sizes and rates below 2^60")]
@@ -75,7 +83,8 @@ impl Inputs {
         let mut problems = Vec::new();
         let rules = bandwidth::Limits::of(&outline.termination);
         let vms = outline.vms.iter();
-        let vms = vms.filter_map(|vm| input(vm, &rules, stage, &mut problems));
+        let throttle = outline.throttle.unwrap_or(0);
+        let vms = vms.filter_map(|vm| input(vm, &rules, stage, throttle, &mut problems));
         let vms: Vec<InputVm> = vms.collect();
         let tiers = outline.replica_groups.then(|| {
             let names = outline.vms.iter().map(|vm| vm.tier.as_deref());
@@ -112,7 +121,22 @@ impl Inputs {
             vms,
             tiers,
             rules,
+            stop_s: outline.max_downtime.as_secs_f64(),
+            deadline_s: outline.deadline.map(|limit| limit.as_secs_f64()),
+            may_throttle: outline.throttle.is_some(),
         })
+    }
+
+    /// The same with every VM's vCPUs slowed by so many percent, or as much as it bears: it dirties that
+    /// much less in a second.
+    pub(super) fn slowed(&self, percent: u8) -> Self {
+        let mut slowed = self.clone();
+        for vm in &mut slowed.vms {
+            let part = 1.0 - f64::from(percent.min(vm.max_throttle)) / 100.0;
+            vm.load.dirty_rate *= part;
+            vm.load.max_dirty_rate *= part;
+        }
+        slowed
     }
 
     /// What is left of a VM when it stops at this rate, in bytes: what it dirties in
@@ -149,6 +173,7 @@ fn input(
     vm: &OutlineVm,
     rules: &bandwidth::Limits,
     stage: Stage,
+    throttle: u8,
     problems: &mut Vec<String>,
 ) -> Option<InputVm> {
     let known = &vm.profile;
@@ -199,6 +224,7 @@ fn input(
         cap,
         working_set,
         dirty_set,
+        max_throttle: vm.max_throttle.unwrap_or(throttle),
     })
 }
 
@@ -220,12 +246,12 @@ fn limits(outline: &Outline, bandwidth: f64) -> Limits {
         let [a, b] = link.between;
         for (x, y) in [(a, b), (b, a)] {
             let crosses = |vm: &OutlineVm| vm.from == Some(x) && vm.to == Some(y);
-            cuts.push(cut(link.rate.0, &crosses));
+            cuts.push(cut(outline.allowance.usable_of(link.rate).0, &crosses));
         }
     }
     for (index, host) in outline.hosts.iter().enumerate() {
         let here = Some(HostId(index));
-        if let Some(rate) = host.nic {
+        if let Some(rate) = host.nic.map(|rate| outline.allowance.usable_of(rate)) {
             cuts.push(cut(rate.0, &|vm| vm.from == here));
             cuts.push(cut(rate.0, &|vm| vm.to == here));
         }

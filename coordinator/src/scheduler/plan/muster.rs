@@ -3,9 +3,9 @@
 //! OBA sends all at once, so nobody waits, but everything is dirtied from the start; LLL and COMMA's
 //! delayed starts leave VMs untouched until late, but hold those that are ready. Which is faster
 //! depends on the working sets: where they are small against the memory OBA wins, where nothing
-//! bounds what is dirtied the others do. All are predicted, for every group: while groups are
-//! searched for, by the papers' models; for the groups that were found, with working sets that
-//! saturate (`saturating.rs`), where they are known.
+//! bounds what is dirtied the others do. All are predicted, for every group: OBA by VMbuddies' model
+//! while groups are searched for, and for the groups that were found with working sets that saturate
+//! (`saturating.rs`), where they are known.
 //!
 //! A group is valid here if it is one by COMMA's rule (Eq. 3: the highest dirty rates fit), or if
 //! the mean dirty rates, which is what held VMs take, leave a tenth of the bandwidth free: the
@@ -14,13 +14,13 @@
 use crate::scheduler::allot::Scheme;
 use crate::scheduler::bandwidth;
 use crate::scheduler::group::{ByDelayedStart, GroupTime};
-use crate::scheduler::order::{AUTO_EXACT_UP_TO, Search};
+use crate::scheduler::order::{AUTO_EXACT_UP_TO, Search, rest};
 use crate::scheduler::schedule::{Limits, Load, Schedule, best_order, by_start};
 
 use super::policies::{find_order, not_together};
 use super::saturating;
 use super::schemes::{Sent, lll, oba};
-use super::{Draft, Inputs, Trouble};
+use super::{Draft, Effort, Inputs, Trouble};
 
 /// The part of every limit that the mean dirty rates of a held group may take.
 const HELD_PART: f64 = 0.9;
@@ -64,6 +64,39 @@ pub(super) fn draft(inputs: &Inputs, sent: &[Sent], search: Search) -> Result<Dr
     Ok(draft)
 }
 
+/// The VMs that have not moved, planned anew from what limits them now: at once, or by a whole search.
+/// Nothing where one of them does not converge even alone.
+pub(super) fn again(
+    inputs: &Inputs,
+    sent: &[Sent],
+    moved: &[bool],
+    groups: &[Vec<usize>],
+    effort: Effort,
+) -> Option<Vec<(Vec<usize>, Scheme)>> {
+    let loads = inputs.loads();
+    let time = Fastest {
+        sent,
+        limits: &inputs.limits,
+        rules: &inputs.rules,
+        delayed: ByDelayedStart::new(&loads, &inputs.limits),
+    };
+    let traffic = &inputs.traffic;
+    // As for a plan: the cheapest prediction stands for all where there are many.
+    let are_many = moved.iter().filter(|moved| !**moved).count() > AUTO_EXACT_UP_TO;
+    let groups = match (effort, are_many) {
+        (Effort::Quick, true) => rest::quick(&time.delayed, traffic, moved, groups)?,
+        (Effort::Quick, false) => rest::quick(&time, traffic, moved, groups)?,
+        (Effort::Full, true) => rest::full(&time.delayed, traffic, moved)?,
+        (Effort::Full, false) => rest::full(&time, traffic, moved)?,
+    };
+    let with_scheme = groups.into_iter().map(|mut group| {
+        let scheme = time.fastest(&loads, &group)?.0;
+        group.sort_unstable();
+        Some((group, scheme))
+    });
+    with_scheme.collect()
+}
+
 /// Whether the VMs can be held together.
 fn holdable(sent: &[Sent], limits: &Limits, group: &[usize]) -> bool {
     let dirty = group.iter().map(|&vm| (vm, sent[vm].load.dirty_rate));
@@ -90,27 +123,22 @@ impl Fastest<'_> {
         [lll(self.sent, self.limits, group), together]
     }
 
-    /// LLL and OBA where all working sets are known, and saturate.
-    fn saturating(&self, group: &[usize]) -> [Option<Schedule>; 2] {
+    /// OBA where all working sets are known, and saturate.
+    fn saturating(&self, group: &[usize]) -> Option<Schedule> {
         if group.len() < 2 || !holdable(self.sent, self.limits, group) {
-            return [None, None];
+            return None;
         }
-        [
-            saturating::lll(self.sent, self.limits, group),
-            saturating::oba(self.sent, self.limits, group),
-        ]
+        saturating::oba(self.sent, self.limits, group)
     }
 
     /// The fastest schedule of a group, with its scheme.
     fn fastest(&self, loads: &[Load], group: &[usize]) -> Option<(Scheme, Schedule)> {
         let [lll, oba] = self.held(group);
-        let [saturating_lll, saturating_oba] = self.saturating(group);
         let delayed = best_order(loads, self.limits, &by_start(loads, group));
         let schemes = [
             (Scheme::InTurn, lll),
             (Scheme::Together, oba),
-            (Scheme::InTurn, saturating_lll),
-            (Scheme::Together, saturating_oba),
+            (Scheme::Together, self.saturating(group)),
             (Scheme::Delayed, delayed),
         ];
         let converging = schemes

@@ -8,7 +8,7 @@ use crate::scheduler::schedule::{Limits, Load, Schedule, by_start, delayed};
 
 use super::inputs::{InputVm, Inputs, Stage};
 use super::schemes::{Sent, alone, lll, oba, parallel};
-use super::{Draft, Placed, Trouble, muster};
+use super::{Draft, Placed, Trouble, muster, saturating};
 
 /// What a policy does, or why it does not converge.
 pub(super) fn draft(inputs: &Inputs, policy: Policy, search: Search) -> Result<Draft, Trouble> {
@@ -31,7 +31,11 @@ pub(super) fn draft(inputs: &Inputs, policy: Policy, search: Search) -> Result<D
             together(inputs, Scheme::InTurn, found)
         }
         Policy::Vmbuddies => {
-            let found = oba(&sent, &inputs.limits, &inputs.rules, &all);
+            let published = oba(&sent, &inputs.limits, &inputs.rules, &all);
+            // Its bound of the traffic is far above what small working sets cost.
+            let saturating = saturating::oba(&sent, &inputs.limits, &all);
+            let found = [published, saturating].into_iter().flatten();
+            let found = found.min_by(|a, b| a.duration_s.total_cmp(&b.duration_s));
             together(inputs, Scheme::Together, found)
         }
         Policy::Comma => comma(inputs, search),
@@ -39,12 +43,13 @@ pub(super) fn draft(inputs: &Inputs, policy: Policy, search: Search) -> Result<D
     }
 }
 
-fn sent(inputs: &Inputs) -> Vec<Sent> {
+pub(super) fn sent(inputs: &Inputs) -> Vec<Sent> {
     let vms = inputs.vms.iter().map(|vm| Sent {
         load: vm.load,
         cap: vm.cap,
         // Where nothing bounds what is sent, neither does the working set.
         working_set: vm.working_set.filter(|_| vm.cap.is_finite()),
+        stop_s: inputs.stop_s,
     });
     vms.collect()
 }

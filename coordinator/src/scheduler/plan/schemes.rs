@@ -1,39 +1,13 @@
 //! Ways to send a group so that its VMs finish together.
 //!
-//! A VM with `left` bytes that dirties `d` bytes a second needs left / (r − d) seconds at a rate r,
-//! and never more than cap / r, where a writable working set bounds what can be dirtied
-//! (VMbuddies 3.3.1). COMMA's scheme, delayed starts, is in [`schedule`](super::super::schedule).
+//! How long a VM takes at a rate says [`Sent::time`]. COMMA's scheme, delayed starts, is in
+//! [`schedule`](super::super::schedule).
 
+use super::sent::Sending;
 use crate::scheduler::bandwidth::{self, VmLoad};
-use crate::scheduler::schedule::{Limits, Load, Schedule, VmSchedule};
+use crate::scheduler::schedule::{Limits, Schedule, VmSchedule};
 
-/// A VM as these models see it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sent {
-    /// What is to be sent.
-    pub load: Load,
-    /// What is sent at most, in bytes; infinite without a known working set.
-    pub cap: f64,
-    /// The writable working set, where it is known, in bytes.
-    pub working_set: Option<f64>,
-}
-
-impl Sent {
-    /// How long it takes at this rate (bytes per second), in seconds; infinite where it never ends.
-    #[must_use]
-    pub fn time(&self, rate: f64) -> f64 {
-        if self.load.left_bytes <= 0.0 {
-            return 0.0;
-        }
-        let surplus = rate - self.load.dirty_rate;
-        let converged = if surplus > 0.0 {
-            self.load.left_bytes / surplus
-        } else {
-            f64::INFINITY
-        };
-        converged.min(self.cap / rate)
-    }
-}
+pub use super::sent::Sent;
 
 /// A VM alone, with all it can get.
 #[must_use]
@@ -45,16 +19,6 @@ pub fn alone(sent: &[Sent], limits: &Limits, vm: usize) -> Option<Schedule> {
 /// sending what it dirties (VMbuddies 3.2). Nothing where that never ends.
 #[must_use]
 pub fn lll(sent: &[Sent], limits: &Limits, group: &[usize]) -> Option<Schedule> {
-    in_turn(sent, limits, group, |vm, rate| sent[vm].time(rate))
-}
-
-/// LLL with another model of the time (seconds) that a VM takes at a rate (bytes per second).
-pub(super) fn in_turn(
-    sent: &[Sent],
-    limits: &Limits,
-    group: &[usize],
-    time: impl Fn(usize, f64) -> f64,
-) -> Option<Schedule> {
     let mut order = group.to_vec();
     order.sort_by(|&a, &b| {
         let rate = |vm: usize| sent[vm].load.dirty_rate;
@@ -65,7 +29,7 @@ pub(super) fn in_turn(
     let mut vms = Vec::new();
     for vm in order {
         let rate = limits.free_for(vm, &held);
-        let time = time(vm, rate);
+        let time = sent[vm].time(rate);
         if !time.is_finite() {
             return None;
         }
@@ -122,8 +86,7 @@ pub fn oba(
 #[must_use]
 pub fn parallel(sent: &[Sent], limits: &Limits, least: &[f64]) -> Option<Vec<Schedule>> {
     let mut active: Vec<usize> = (0..sent.len()).collect();
-    let mut left: Vec<f64> = sent.iter().map(|vm| vm.load.left_bytes).collect();
-    let mut carried = vec![0.0; sent.len()];
+    let mut sending: Vec<Sending> = sent.iter().map(Sending::of).collect();
     let mut steps: Vec<Vec<(f64, f64)>> = vec![Vec::new(); sent.len()];
     let mut done = Vec::new();
     let mut now = 0.0;
@@ -131,15 +94,7 @@ pub fn parallel(sent: &[Sent], limits: &Limits, least: &[f64]) -> Option<Vec<Sch
         let rates = limits.equal_parts(&active, least);
         let time = |index: usize| {
             let vm = active[index];
-            let now = Sent {
-                load: Load {
-                    left_bytes: left[vm],
-                    ..sent[vm].load
-                },
-                cap: (sent[vm].cap - carried[vm]).max(0.0),
-                ..sent[vm]
-            };
-            now.time(rates[index])
+            sent[vm].time_from(&sending[vm], rates[index])
         };
         let times: Vec<f64> = (0..active.len()).map(time).collect();
         let step = times.iter().copied().fold(f64::INFINITY, f64::min);
@@ -151,8 +106,7 @@ pub fn parallel(sent: &[Sent], limits: &Limits, least: &[f64]) -> Option<Vec<Sch
             if step > 0.0 && steps[vm].last().is_none_or(|last| last.1 != rate) {
                 steps[vm].push((now, rate));
             }
-            left[vm] = (left[vm] + (sent[vm].load.dirty_rate - rate) * step).max(0.0);
-            carried[vm] += rate * step;
+            sent[vm].go_on(&mut sending[vm], rate, step);
         }
         now += step;
         let ended = |index: usize| times[index] <= step * (1.0 + 1e-12);

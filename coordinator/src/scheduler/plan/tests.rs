@@ -290,3 +290,105 @@ fn the_json_form_has_its_fields() {
         json["groups"][0]["start_s"].is_number() && json["groups"][0]["duration_s"].is_number()
     );
 }
+
+/// Working sets of a sixteenth of the memory, written without a pause: 36 of 47 MB/s are dirtied.
+fn hot_set(keys: &str) -> String {
+    let vm = |memory, rate, set| {
+        format!(
+            "memory = \"{memory}MiB\"\ndirty-rate = \"{rate}MB/s\"\nmax-dirty-rate = \"{rate}MB/s\"\n\
+             writable-working-set = \"{set}MiB\"\n"
+        )
+    };
+    let vms = [vm(64, 8, 4), vm(96, 12, 6), vm(160, 16, 10)];
+    file(&[&vms[0], &vms[1], &vms[2]], &[])
+        .replace("32MB/s", "47MB/s")
+        .replace("name = \"shop\"", &format!("name = \"shop\"\n{keys}"))
+}
+
+#[test]
+fn small_hot_working_sets_cost_little_more_than_the_memory() {
+    let hot = inputs(&hot_set(""), Stage::Whole);
+    // Once is 335.5 MB, 7.14 s; all working sets are 21 MB, 0.45 s.
+    let once = 335.5e6 / 47e6;
+    for policy in [Policy::Muster, Policy::Parallel, Policy::Vmbuddies] {
+        let plan = plan(&hot, policy, Search::Auto);
+        check(&hot, &plan);
+        let completion = plan.completion_s.expect("converges");
+        assert!(
+            completion > once && completion < once * 1.25,
+            "{policy}: {completion}"
+        );
+    }
+    // What is ready early, and held, is sent again and again.
+    let lll = plan(&hot, Policy::Lll, Search::Auto);
+    assert!(lll.completion_s > Some(once * 1.25), "{lll:?}");
+}
+
+#[test]
+fn a_deadline_is_met_or_missed_by_so_much() {
+    let of = |keys: &str| {
+        let inputs = inputs(&hot_set(keys), Stage::Whole);
+        plan(&inputs, Policy::Muster, Search::Auto)
+    };
+    assert_eq!(of("").deadline, None);
+    let met = of("deadline = \"20s\"");
+    let deadline = met.deadline.expect("given");
+    assert!(
+        deadline.met && deadline.needed_s == met.groups[0].duration_s,
+        "{deadline:?}"
+    );
+    assert_eq!(met.notes, of("").notes);
+    let missed = of("deadline = \"7200ms\"");
+    assert!(!missed.deadline.expect("given").met);
+    let note = missed.notes.last().expect("said");
+    assert!(
+        note.starts_with("the deadline of 7 s is missed by"),
+        "{note}"
+    );
+    // Less than once takes, nothing helps; a little more, slowing does.
+    let keys = |deadline: &str, rest: &str| {
+        format!("deadline = \"{deadline}\"\non-non-convergence = \"throttle\"\n{rest}")
+    };
+    let note = |keys: &str| of(keys).notes.last().cloned().unwrap_or_default();
+    let helped = note(&keys("7500ms", ""));
+    assert!(
+        helped.contains("it is met with vCPUs slowed by"),
+        "{helped}"
+    );
+    assert!(note(&keys("7500ms", "max-throttle = 1")).ends_with("does not help"));
+    assert!(note(&keys("5s", "")).ends_with("does not help"));
+}
+
+#[test]
+fn what_does_not_converge_may_do_so_when_it_is_slowed() {
+    let text = file(&["memory = \"1GB\"\ndirty-rate = \"40MB/s\"\n"], &[]);
+    let text = text.replace(
+        "name = \"shop\"",
+        "name = \"shop\"\non-non-convergence = \"throttle\"",
+    );
+    let found = plan(&inputs(&text, Stage::Whole), Policy::Muster, Search::Auto);
+    assert!(!found.converges);
+    let note = found.notes.last().expect("said");
+    assert_eq!(note, "it converges with vCPUs slowed by 40 %");
+}
+
+#[test]
+fn the_reserve_comes_off_links_and_interfaces_too() {
+    let hosts = "[[host]]\nname = \"a\"\nnic = \"10MB/s\"\n[[host]]\nname = \"b\"\n\
+                 [[link]]\nbetween = [\"a\", \"b\"]\nrate = \"9MB/s\"\n";
+    let vm = format!("{WEB}from = \"a\"\nto = \"b\"\n");
+    let text = file(&[&vm], &[])
+        .replace("[[vm]]", &format!("{hosts}[[vm]]"))
+        .replace("name = \"shop\"", "name = \"shop\"\nreserve = \"2MB/s\"");
+    let inputs = inputs(&text, Stage::Whole);
+    let rates: Vec<f64> = inputs.limits.cuts.iter().map(|cut| cut.rate).collect();
+    assert_eq!((inputs.limits.bandwidth, rates), (30e6, vec![7e6, 8e6]));
+    let all = text.replace("reserve = \"2MB/s\"", "reserve = \"9MB/s\"");
+    let error = Outline::parse(&all, Path::new("app.toml")).expect_err("nothing is left");
+    assert!(
+        error
+            .to_string()
+            .contains("leaves nothing of [[link]] between `a` and `b`"),
+        "{error}"
+    );
+}

@@ -6,7 +6,9 @@
 //!
 //! The order of the steps loses no write (docs/design.md has the others, which lose some):
 //!
-//! 1. Destination: NBD server on a unix socket, a writable export for each disk.
+//! 1. Destination: NBD server on a unix socket, a writable export for each disk. Of a disk that is
+//!    read-only for its guest a second, writable node of the same image is exported, and removed when
+//!    the server has stopped; QEMU reads the image anew when the VM is about to run.
 //! 2. Source: NBD node, mirror of the whole disk in steps of 4 KiB.
 //! 3. Every mirror is ready: memory is copied, held and released as ever; guest writes follow.
 //! 4. All are paused, the disks still the source's own: the mirrors end without pivoting, each must
@@ -17,11 +19,14 @@
 //! [`source::Mirrors`] and [`destination::Exports`] are without I/O: answers and events in, commands
 //! out. The halves of the VM own them and send what they ask for.
 
+mod brake;
 pub mod destination;
 pub mod source;
+mod written;
 
 use serde_json::Value;
 
+use crate::protocol::command::PrepareDisk;
 use crate::protocol::types::DiskInfo;
 
 /// A command for QEMU, and which answer belongs to it.
@@ -56,9 +61,12 @@ pub fn read_nodes(value: &Value) -> Vec<DiskInfo> {
 /// Finds a disk among the nodes and compares its size.
 ///
 /// # Errors
-/// It is not there, or of another size, or cannot be written.
-pub fn check_node(nodes: &[DiskInfo], node: &str, size_bytes: u64) -> Result<(), String> {
-    let Some(found) = nodes.iter().find(|info| info.node == node) else {
+/// It is not there, or of another size, or only at one end read-only.
+pub fn check_node(nodes: &[DiskInfo], disk: &PrepareDisk) -> Result<(), String> {
+    let PrepareDisk {
+        node, size_bytes, ..
+    } = disk;
+    let Some(found) = nodes.iter().find(|info| info.node == *node) else {
         let names: Vec<&str> = nodes.iter().map(|info| info.node.as_str()).collect();
         return Err(format!(
             "there is no block node `{node}`; its QEMU has {}",
@@ -68,10 +76,17 @@ pub fn check_node(nodes: &[DiskInfo], node: &str, size_bytes: u64) -> Result<(),
             }
         ));
     };
-    if found.read_only {
-        return Err(format!("disk `{node}` is read-only"));
+    match (found.read_only, disk.read_only) {
+        (true, false) => return Err(format!("disk `{node}` is read-only")),
+        (false, true) => {
+            return Err(format!(
+                "disk `{node}` is read-only at the source and can be written here: set \
+                 `read-only=on` in the template"
+            ));
+        }
+        _ => {}
     }
-    if found.size_bytes != size_bytes {
+    if found.size_bytes != *size_bytes {
         return Err(format!(
             "disk `{node}` has {} bytes, expected {size_bytes}",
             found.size_bytes
@@ -85,6 +100,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::protocol::types::{Chain, CopyMode};
 
     #[test]
     fn nodes_are_read_and_compared() {
@@ -94,16 +110,25 @@ mod tests {
             {"node-name": "#block012", "drv": "file", "ro": false, "image": {"virtual-size": 1}},
         ]));
         assert_eq!(nodes.len(), 2);
-        assert_eq!(check_node(&nodes, "disk0", 8192), Ok(()));
-        for (node, size, expected) in [
-            ("disk1", 8192, "it has disk0, cd"),
-            ("disk0", 4096, "8192 bytes, expected 4096"),
-            ("cd", 4096, "read-only"),
+        let disk = |node: &str, size_bytes, read_only| PrepareDisk {
+            node: node.into(),
+            size_bytes,
+            copy_mode: CopyMode::Background,
+            chain: Chain::Flatten,
+            read_only,
+        };
+        assert_eq!(check_node(&nodes, &disk("disk0", 8192, false)), Ok(()));
+        assert_eq!(check_node(&nodes, &disk("cd", 4096, true)), Ok(()));
+        for (node, size, read_only, expected) in [
+            ("disk1", 8192, false, "disk0, cd"),
+            ("disk0", 4096, false, "8192 bytes, expected 4096"),
+            ("cd", 4096, false, "read-only"),
+            ("disk0", 8192, true, "can be written here"),
         ] {
-            let expected = expected.trim_start_matches("it has ");
-            let error = check_node(&nodes, node, size).expect_err("refused");
+            let error = check_node(&nodes, &disk(node, size, read_only)).expect_err("refused");
             assert!(error.contains(expected), "{error}");
         }
-        assert!(check_node(&[], "disk0", 1).is_err_and(|text| text.contains("none with a name")));
+        let none = check_node(&[], &disk("disk0", 1, false));
+        assert!(none.is_err_and(|text| text.contains("none with a name")));
     }
 }

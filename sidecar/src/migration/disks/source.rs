@@ -4,9 +4,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::brake::Brake;
+use super::written::{COUNT, Written};
 use super::{Ask, check_node};
 use crate::protocol::command::PrepareDisk;
-use crate::protocol::types::{CopyMode, DiskInfo, DiskReport};
+use crate::protocol::types::{Chain, CopyMode, DiskInfo, DiskReport};
 
 /// How often the jobs are looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -17,7 +19,10 @@ const CLEAN: Duration = Duration::from_millis(50);
 /// Until it is said that it cannot be removed.
 const CLEAN_WITHIN: Duration = Duration::from_secs(5);
 /// Of the dirty bitmap: with the default of 64 KiB small writes are sent many times over.
-const GRANULARITY: u64 = 4096;
+pub(super) const GRANULARITY: u64 = 4096;
+/// What a mirror for whose copy the guest's writes wait has on its way at most: a write waits behind it,
+/// as long as the link needs for it. QEMU would send 10 MiB ahead.
+const WRITE_BLOCKING_AHEAD: u64 = 2 << 20;
 
 /// Which command an answer belongs to; the number is the disk's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +33,20 @@ pub enum Tag {
     Mirror(usize),
     /// `query-block-jobs`.
     Jobs,
+    /// `block-job-pause` and `block-job-resume`.
+    HoldBack(usize),
+    /// `query-block`: which devices the disks are at.
+    Devices,
+    /// `block_set_io_throttle`.
+    Throttle(usize),
+    /// `block-dirty-bitmap-add`.
+    Track(usize),
+    /// `query-named-block-nodes`, for the counts of the bitmaps.
+    Count,
+    /// `block-dirty-bitmap-clear`.
+    Reset(usize),
+    /// `block-dirty-bitmap-remove`.
+    Untrack(usize),
     /// The same of a VM that was just paused.
     Rest,
     /// `block-job-cancel` of a mirror that is ready: it ends when everything is copied.
@@ -67,6 +86,12 @@ struct Mirror {
     node: String,
     size_bytes: u64,
     copy_mode: CopyMode,
+    chain: Chain,
+    read_only: bool,
+    /// How its guest writes to it.
+    written: Written,
+    /// How that is limited.
+    brake: Brake,
     offset: u64,
     len: u64,
     ready: bool,
@@ -89,6 +114,11 @@ pub struct Mirrors {
     poll_every: Duration,
     /// An answer to `query-block-jobs` is outstanding.
     polling: bool,
+    /// Mirrors that are complete are held back: what is written is sent later.
+    hold_back: bool,
+    count_at: Option<Instant>,
+    /// What an earlier life of this sidecar has done to them is not known.
+    is_adopted: bool,
 }
 
 fn job(index: usize) -> String {
@@ -107,6 +137,10 @@ impl Mirrors {
             node: disk.node.clone(),
             size_bytes: disk.size_bytes,
             copy_mode: disk.copy_mode,
+            chain: disk.chain,
+            read_only: disk.read_only,
+            written: Written::default(),
+            brake: Brake::default(),
             offset: 0,
             len: disk.size_bytes,
             ready: false,
@@ -123,6 +157,9 @@ impl Mirrors {
             poll_at: None,
             poll_every: POLL,
             polling: false,
+            hold_back: false,
+            count_at: None,
+            is_adopted: false,
         }
     }
 
@@ -136,10 +173,13 @@ impl Mirrors {
                 node: node.clone(),
                 size_bytes: 0,
                 copy_mode: CopyMode::Background,
+                chain: Chain::Flatten,
+                read_only: false,
             })
             .collect();
         let mut mirrors = Self::new(&disks);
         mirrors.stage = Stage::Copying;
+        mirrors.is_adopted = true;
         mirrors
     }
 
@@ -176,8 +216,42 @@ impl Mirrors {
     /// What is still to be copied.
     #[must_use]
     pub fn left_bytes(&self) -> u64 {
-        let left = |disk: &Mirror| disk.len.saturating_sub(disk.offset);
-        self.disks.iter().map(left).sum()
+        self.disks.iter().map(Mirror::left_bytes).sum()
+    }
+
+    /// How fast the guest writes to them.
+    #[must_use]
+    pub fn dirty_rate_bytes_per_s(&self) -> u64 {
+        let rates = self.disks.iter().map(|disk| disk.written.rate_bytes_per_s);
+        rates.sum()
+    }
+
+    /// Whether mirrors that are complete are held back.
+    #[must_use]
+    pub fn are_held_back(&self) -> bool {
+        self.hold_back
+    }
+
+    /// Mirrors that are complete wait with what is written from then on.
+    pub fn hold_back(&mut self) {
+        if self.stage == Stage::Idle {
+            self.hold_back = true;
+        }
+    }
+
+    /// Mirrors that were held back go on.
+    pub fn send_on(&mut self, now: Instant) {
+        if !std::mem::take(&mut self.hold_back) {
+            return;
+        }
+        self.count_at = self.count_at.map(|_| now);
+        self.poll_at = self.poll_at.map(|_| now);
+        for index in 0..self.disks.len() {
+            if self.disks[index].ready && matches!(self.stage, Stage::Copying | Stage::Ready) {
+                let arguments = json!({ "device": job(index) });
+                self.ask(Tag::HoldBack(index), "block-job-resume", arguments);
+            }
+        }
     }
 
     /// What `report`s say of them.
@@ -187,8 +261,10 @@ impl Mirrors {
             node: disk.node.clone(),
             size_bytes: disk.size_bytes,
             copied_bytes: disk.offset,
-            remaining_bytes: disk.len.saturating_sub(disk.offset),
+            remaining_bytes: disk.left_bytes(),
             ready: disk.ready,
+            dirty_rate_bytes_per_s: disk.written.rate_bytes_per_s,
+            dirty_set_bytes: disk.written.set_bytes,
         };
         self.disks.iter().map(report).collect()
     }
@@ -203,7 +279,28 @@ impl Mirrors {
         self.problem.take()
     }
 
-    fn ask(&mut self, tag: Tag, command: &'static str, arguments: Value) {
+    /// Disks that the guest can write, with their nodes.
+    pub(super) fn written_nodes(&self) -> Vec<(usize, String)> {
+        let disks = self.disks.iter().enumerate();
+        disks
+            .filter(|(_, disk)| !disk.read_only)
+            .map(|(index, disk)| (index, disk.node.clone()))
+            .collect()
+    }
+
+    pub(super) fn disk(&mut self, index: usize) -> &mut Written {
+        &mut self.disks[index].written
+    }
+
+    pub(super) fn brake(&mut self, index: usize) -> &mut Brake {
+        &mut self.disks[index].brake
+    }
+
+    pub(super) fn is_adopted(&self) -> bool {
+        self.is_adopted
+    }
+
+    pub(super) fn ask(&mut self, tag: Tag, command: &'static str, arguments: Value) {
         self.commands.push(Ask {
             tag,
             command,
@@ -221,7 +318,24 @@ impl Mirrors {
     #[must_use]
     pub fn mismatch(&self, nodes: &[DiskInfo]) -> Option<String> {
         let mut disks = self.disks.iter();
-        disks.find_map(|disk| check_node(nodes, &disk.node, disk.size_bytes).err())
+        disks.find_map(|disk| {
+            let disk = PrepareDisk {
+                node: disk.node.clone(),
+                size_bytes: disk.size_bytes,
+                copy_mode: disk.copy_mode,
+                chain: disk.chain,
+                read_only: disk.read_only,
+            };
+            check_node(nodes, &disk).err()
+        })
+    }
+
+    /// Whether a guest's writes go to the destination, too, before they are acknowledged. Unpatched QEMU
+    /// frees what such a write uses when the job ends before it (block/mirror.c, `mirror_run`).
+    #[must_use]
+    pub fn are_write_blocking(&self) -> bool {
+        let mut disks = self.disks.iter();
+        disks.any(|disk| disk.copy_mode == CopyMode::WriteBlocking)
     }
 
     /// The relay listens for QEMU's NBD clients at this path.
@@ -231,6 +345,9 @@ impl Mirrors {
         }
         self.stage = Stage::Copying;
         self.poll_at = Some(now + self.poll_every);
+        self.count_at = Some(now + COUNT);
+        self.track();
+        self.ask(Tag::Devices, "query-block", Value::Null);
         for index in 0..self.disks.len() {
             let arguments = json!({
                 "driver": "nbd",
@@ -292,7 +409,8 @@ impl Mirrors {
     pub fn abandon(&mut self, now: Instant) {
         match self.stage {
             Stage::Idle => self.stage = Stage::Gone,
-            Stage::Gone | Stage::Sealed | Stage::Leaving { .. } => {}
+            Stage::Gone | Stage::Leaving { .. } => {}
+            Stage::Sealed => self.release_guest(),
             _ => {
                 self.stage = Stage::Leaving { since: Some(now) };
                 self.problem = None;
@@ -302,7 +420,17 @@ impl Mirrors {
                 }
                 self.ask(Tag::Leftover, "query-block-jobs", Value::Null);
                 self.poll_at = None;
+                self.release_guest();
             }
+        }
+    }
+
+    /// What was measured of the guest's writes, and how they were limited, ends.
+    fn release_guest(&mut self) {
+        self.untrack();
+        self.throttle(0);
+        if self.is_adopted {
+            self.ask(Tag::Devices, "query-block", Value::Null);
         }
     }
 
@@ -321,6 +449,11 @@ impl Mirrors {
             Stage::Copying | Stage::Ready | Stage::Draining => {
                 self.poll_at = Some(now + self.poll_every);
                 self.poll();
+                if self.count_at.is_some_and(|at| at <= now) && self.stage != Stage::Draining {
+                    self.count_at = Some(now + COUNT);
+                    let flat = json!({ "flat": true });
+                    self.ask(Tag::Count, "query-named-block-nodes", flat);
+                }
             }
             Stage::Leaving { .. } => {
                 self.poll_at = None;
@@ -334,14 +467,20 @@ impl Mirrors {
     pub fn replied(&mut self, now: Instant, tag: Tag, value: &Value) {
         match tag {
             Tag::Add(index) if self.stage == Stage::Copying => {
-                let arguments = json!({
+                let mut arguments = json!({
                     "job-id": job(index),
                     "device": self.disks[index].node,
                     "target": target(index),
-                    "sync": "full",
+                    "sync": match self.disks[index].chain {
+                        Chain::Flatten => "full",
+                        Chain::Keep => "top",
+                    },
                     "granularity": GRANULARITY,
                     "copy-mode": self.disks[index].copy_mode,
                 });
+                if self.disks[index].copy_mode == CopyMode::WriteBlocking {
+                    arguments["buf-size"] = json!(WRITE_BLOCKING_AHEAD);
+                }
                 self.ask(Tag::Mirror(index), "blockdev-mirror", arguments);
             }
             Tag::Jobs => {
@@ -355,7 +494,10 @@ impl Mirrors {
             }
             Tag::Leftover => self.clean(now, value),
             Tag::Remove(index) => self.removed(index),
-            Tag::Add(_) | Tag::Mirror(_) | Tag::Drain(_) | Tag::Cancel(_) => {}
+            Tag::Count => self.counted(now, value),
+            Tag::Devices => self.read_devices(value),
+            Tag::Add(_) | Tag::Mirror(_) | Tag::Drain(_) | Tag::Cancel(_) | Tag::HoldBack(_) => {}
+            Tag::Track(_) | Tag::Reset(_) | Tag::Untrack(_) | Tag::Throttle(_) => {}
         }
     }
 
@@ -364,6 +506,9 @@ impl Mirrors {
         match tag {
             // The job has ended by itself: the connection was cut.
             Tag::Cancel(_) | Tag::Leftover | Tag::Rest => {}
+            // Not held back, or not measured: it goes on without.
+            Tag::HoldBack(_) | Tag::Track(_) | Tag::Count | Tag::Reset(_) | Tag::Untrack(_) => {}
+            Tag::Devices | Tag::Throttle(_) => {}
             Tag::Jobs => self.polling = false,
             Tag::Remove(index) if error.contains("Failed to find node") => self.removed(index),
             Tag::Remove(index) => self.remove_again(now, index, error),
@@ -396,6 +541,10 @@ impl Mirrors {
         self.disks[index].take_progress(data);
         match name {
             "BLOCK_JOB_READY" => {
+                if self.hold_back && !self.disks[index].ready {
+                    let arguments = json!({ "device": job(index) });
+                    self.ask(Tag::HoldBack(index), "block-job-pause", arguments);
+                }
                 self.disks[index].ready = true;
                 if self.stage == Stage::Copying && self.disks.iter().all(|disk| disk.ready) {
                     self.stage = Stage::Ready;
@@ -483,6 +632,12 @@ impl Mirrors {
 }
 
 impl Mirror {
+    /// What is still to be copied: as its job says, or as the bitmaps do where it does nothing.
+    fn left_bytes(&self) -> u64 {
+        let left = self.len.saturating_sub(self.offset);
+        left.max(self.written.unsent_bytes.unwrap_or(0))
+    }
+
     fn take_progress(&mut self, data: &Value) {
         if let (Some(offset), Some(len)) = (data["offset"].as_u64(), data["len"].as_u64()) {
             self.offset = offset;

@@ -5,6 +5,7 @@ use rate_limiter::{Bytes, BytesPerSecond};
 use super::{SWITCH_SLACK, Source, Tag, mirror};
 use crate::commit::SourceHalf;
 use crate::migration::{Now, Output};
+use crate::protocol::event::Event;
 use crate::protocol::types::Phase;
 
 impl Source {
@@ -18,6 +19,14 @@ impl Source {
     pub fn disks_listening(&mut self, now: Now, path: &str) {
         if self.half.phase() == Phase::Precopy {
             self.mirrors.start(now.mono, path);
+            self.drive_disks(now);
+        }
+    }
+
+    /// `throttle-disks`: the guest writes no faster than this to each of its disks that move.
+    pub fn throttle_disks(&mut self, now: Now, bytes_per_s: u64) {
+        if self.started && !self.wants_out {
+            self.mirrors.throttle(bytes_per_s);
             self.drive_disks(now);
         }
     }
@@ -43,17 +52,29 @@ impl Source {
         if let Some(problem) = self.mirrors.take_problem() {
             self.wants_out = true;
             if problem.contains("No space left") {
-                let text =
-                    format!("{problem} (the file system of its image at the destination is full)");
+                let text = format!(
+                    "{problem} (the file system of its image at the destination is full: make room \
+                     there)"
+                );
                 self.half.fault(text, false);
             } else {
                 // A connection that broke, mostly: its cause is told elsewhere.
                 self.half.secondary_fault(problem);
             }
         }
+        if self.mirrors.are_ready() && !self.mirrors.is_empty() && !self.disks_copied {
+            self.disks_copied = true;
+            let vm = self.half.name.clone();
+            let remaining_bytes = self.mirrors.left_bytes();
+            self.half.tell(Event::DisksCopied {
+                vm,
+                remaining_bytes,
+            });
+        }
         let goes_on = self.state == SourceHalf::Reversible && !self.wants_out;
         let before_memory = self.half.phase() == Phase::Precopy && self.rounds.is_none();
-        if goes_on && before_memory && self.mirrors.are_ready() && !self.stream_opened {
+        let may_open = self.mirrors.are_ready() && !self.mirrors.are_held_back();
+        if goes_on && before_memory && may_open && !self.stream_opened {
             self.stream_opened = true;
             self.open_stream();
         }

@@ -131,6 +131,15 @@ enum AfterNote {
     Arm,
 }
 
+/// The host's program that is run before the VM may be paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hook {
+    Wanted,
+    Running,
+    /// It has run, or there is none.
+    Done,
+}
+
 /// The machine. See the module.
 #[derive(Debug)]
 pub struct Source {
@@ -186,6 +195,10 @@ pub struct Source {
     mirrors: Mirrors,
     /// Every disk is mirrored, and the stream of the memory was asked for.
     stream_opened: bool,
+    /// DISKS_COPIED was told.
+    disks_copied: bool,
+    /// The hook before the switchover.
+    hook: Hook,
     /// `continue` was commanded, and the mirrors copy their rest.
     draining: bool,
     /// The VM is paused, this much memory remains; how much of the disks is being asked.
@@ -239,6 +252,8 @@ impl Source {
             reconnect_at: None,
             mirrors: Mirrors::new(&[]),
             stream_opened: false,
+            disks_copied: false,
+            hook: Hook::Done,
             draining: false,
             pausing: None,
         }
@@ -248,6 +263,15 @@ impl Source {
     #[must_use]
     pub fn with_disks(mut self, disks: &[PrepareDisk]) -> Self {
         self.mirrors = Mirrors::new(disks);
+        self
+    }
+
+    /// With a hook that is run before the VM may be paused.
+    #[must_use]
+    pub fn with_hook(mut self, has_hook: bool) -> Self {
+        if has_hook {
+            self.hook = Hook::Wanted;
+        }
         self
     }
 
@@ -342,7 +366,7 @@ impl Source {
             report.remaining_bytes = self.left_bytes(sample.remaining_bytes);
             report.dirty_rate_bytes_per_s = sample.dirty_rate_bytes_per_s;
         }
-        if self.last.is_none() && self.mirrors.left_bytes() > 0 {
+        if self.last.is_none() && self.half.phase() == Phase::Precopy && !self.mirrors.is_empty() {
             report.remaining_bytes = self.left_bytes(report.total_bytes);
         }
         if let Some(rounds) = &self.rounds {

@@ -97,6 +97,13 @@ impl Source {
                 "a migration is already going on (`{}`): wait for it or cancel it",
                 identity.migration
             ))
+        } else if self.mirrors.are_write_blocking() && identity.build() != QemuBuild::Patched {
+            Some(format!(
+                "QEMU {} here is {}, and may crash when a write-blocking copy of a disk is given up: \
+                 use copy mode background",
+                identity.version,
+                identity.build()
+            ))
         } else if is_direct && self.hold == HoldBy::Relay {
             Some(format!(
                 "transport direct needs a QEMU that holds by itself, and no throttling; QEMU {} \

@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{
-    ANSWER, ANY_DOWNTIME_MS, AfterNote, FULL_SPEED, POLL, RELEASE_DEADLINE, SWITCH_SLACK, Source,
-    Tag,
+    ANSWER, ANY_DOWNTIME_MS, AfterNote, FULL_SPEED, Hook, POLL, RELEASE_DEADLINE, SWITCH_SLACK,
+    Source, Tag,
 };
 use crate::commit::SourceHalf;
 use crate::hold::{HoldPacer, Rounds};
@@ -17,11 +17,18 @@ use crate::protocol::types::{HoldReason, Phase, Transport};
 
 impl Source {
     /// `start`: begins pre-copy.
-    pub fn start(&mut self, _now: Now) {
+    pub fn start(&mut self, now: Now, disks_only: bool) {
         if self.started {
+            if !disks_only && !self.wants_out {
+                self.mirrors.send_on(now.mono);
+                self.drive_disks(now);
+            }
             return;
         }
         self.started = true;
+        if disks_only {
+            self.mirrors.hold_back();
+        }
         self.note_released = !self.settings.hold;
         self.after_note = Some(AfterNote::Start);
         self.half.put(Output::SaveNote);
@@ -142,10 +149,31 @@ impl Source {
 
     /// `arm`: full speed, ready for a release.
     pub fn arm(&mut self, _now: Now) {
-        if self.half.phase() == Phase::Held && self.after_note.is_none() {
+        if self.half.phase() != Phase::Held {
+            return;
+        }
+        match self.hook {
+            Hook::Wanted => {
+                self.hook = Hook::Running;
+                self.half.put(Output::RunHook);
+                return;
+            }
+            Hook::Running => return,
+            Hook::Done => {}
+        }
+        if self.after_note.is_none() {
             self.note_released = true;
             self.after_note = Some(AfterNote::Arm);
             self.half.put(Output::SaveNote);
+        }
+    }
+
+    /// The hook has ended: the VM may be armed.
+    pub fn hook_ended(&mut self, now: Now, result: Result<(), String>) {
+        self.hook = Hook::Done;
+        match result {
+            Ok(()) => self.arm(now),
+            Err(error) => self.fail(error, false),
         }
     }
 
