@@ -21,6 +21,14 @@ fn main() {
     let both = cases::GUEST_CASES
         .iter()
         .map(|case| (case, &[Accel::Kvm, Accel::Tcg][..]));
+    let is_kvm_there = kvm_missing.is_none() || accel::kvm_required();
+    let either = cases::EITHER_CASES.iter().map(|case| {
+        let accels = match is_kvm_there {
+            true => &[Accel::Kvm][..],
+            false => &[Accel::Tcg][..],
+        };
+        (case, accels)
+    });
     let kvm_only = cases::KVM_CASES
         .iter()
         .map(|case| (case, &[Accel::Kvm][..]));
@@ -48,12 +56,15 @@ fn main() {
         .iter()
         .map(|case| (case, &[Accel::Kvm][..]));
     let patched = patched.chain(patched_kvm);
-    let stock = both.chain(kvm_only).zip(std::iter::repeat(false));
+    let stock = both
+        .chain(either)
+        .chain(kvm_only)
+        .zip(std::iter::repeat(false));
     for (((name, case), accels), needs_patches) in stock.chain(patched.zip(std::iter::repeat(true)))
     {
         for accel in accels.iter().copied() {
             let name = format!("{accel}::{name}");
-            let skip = accel == Accel::Kvm && kvm_missing.is_some() && !accel::kvm_required();
+            let skip = accel == Accel::Kvm && !is_kvm_there;
             let unpatched = needs_patches && is_stock;
             if let (true, Some(error)) = (skip, &kvm_missing) {
                 eprintln!("not run: {name}, because /dev/kvm cannot be opened: {error}");

@@ -93,7 +93,7 @@ fn longest_silence(lab: &Lab, guest: &str, stop: &AtomicBool) -> Result<Silence>
 }
 
 /// Does something while the disk of a guest on `a` is watched.
-pub fn watched<T>(
+pub fn watched<T: fmt::Debug>(
     lab: &Lab,
     guest: &str,
     work: impl FnOnce() -> Result<T>,
@@ -106,7 +106,14 @@ pub fn watched<T>(
         (done, watch.join())
     });
     let silence = silence.map_err(|_| anyhow::anyhow!("the watcher ended"))?;
-    Ok((done?, silence?))
+    // What was done tells more than that its guest could not be watched to the end.
+    let done = done?;
+    let silence = silence.with_context(|| {
+        let log = lab.host_directory("a").join(format!("run/{guest}.log"));
+        let said = std::fs::read_to_string(log).unwrap_or_default();
+        format!("{done:?}; its QEMU says: {said}")
+    })?;
+    Ok((done, silence))
 }
 
 /// Does something at a step.

@@ -4,7 +4,7 @@
 //! anywhere else it costs more than everything. So what the others say to it counts from the begin.
 //!
 //! - [`quick`]: for the control loop. Few VMs are solved exactly; of many the line of their groups is cut
-//!   up anew, the best way for this order ([`split`](super::large::polish::split)).
+//!   up anew, the best way for this order ([`split`]).
 //! - [`full`]: a search as for a plan; for many VMs it takes seconds.
 
 use crate::scheduler::group::GroupTime;
