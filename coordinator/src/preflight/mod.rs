@@ -14,7 +14,7 @@ use rate_limiter::Bytes;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sidecar::protocol::command::{Command, PrepareDisk, QueryVmArgs};
-use sidecar::protocol::types::{HostInfo, Transport, VmEntry, VmInfo};
+use sidecar::protocol::types::{HostInfo, QemuBuild, Transport, VmEntry, VmInfo};
 
 use crate::application::{Application, HostId, Policy, VmId};
 use crate::client::Client;
@@ -267,7 +267,7 @@ fn judge_vm(app: &Application, hold: bool, facts: &Facts, id: VmId, verdict: &mu
             vm.name, info.status
         ));
     }
-    if !info.kvm {
+    if !info.kvm && info.qemu_build != QemuBuild::Patched {
         verdict.notes.push(format!(
             "VM {} runs under TCG: QEMU {} can lose writes there when a guest dirties memory faster than it is sent; move only what can be lost",
             vm.name, info.qemu_version

@@ -243,3 +243,17 @@ fn write_blocking_copies_need_a_patched_qemu() {
         assert_eq!(noted, is_noted, "{:?}", verdict.notes);
     }
 }
+
+#[test]
+fn stock_qemu_loses_writes_under_tcg() {
+    for (build, is_noted) in [(QemuBuild::Stock, true), (QemuBuild::Patched, false)] {
+        let mut facts = facts();
+        let mut web = vm(1);
+        web.kvm = false;
+        web.qemu_build = build;
+        facts.vms.insert(VmId(0), Ok(web));
+        let notes = judge(&app(), Policy::Muster, &facts).notes;
+        let noted = notes.iter().any(|note| note.contains("can lose writes"));
+        assert_eq!(noted, is_noted, "{notes:?}");
+    }
+}
