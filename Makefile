@@ -21,8 +21,10 @@ STOCK_QEMU ?= qemu-system-x86_64
 # Built once, for all tests. Of the whole workspace: for one package its features differ, and all is built again.
 CHECKED := $(CARGO) test --locked --profile checked --workspace
 REAL_QEMU_TESTS := $(AS_ROOT) $(CHECKED) --test faults --test real_qemu
-# What takes long and is the same with both QEMUs: only on the patched one.
-ON_ONE := --skip every_benchmark_runs --skip users_of_an_application_feel --skip traffic_is_counted
+# What takes long and is much the same with both QEMUs runs on the patched one only; under TCG, where there
+# is KVM, the stock one does not run at all: it may lose writes there (docs/failure-modes.md).
+ON_ONE := --skip every_benchmark_runs --skip users_of_an_application_feel --skip traffic_is_counted \
+	$(if $(wildcard /dev/kvm),--skip tcg::)
 
 .DEFAULT_GOAL := help
 .PHONY: demo app app-image test test-patched lint bench faults build build-checked qemu qemu-check qemu-base setup clean help

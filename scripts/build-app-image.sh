@@ -160,6 +160,7 @@ cpio=$(find "$unpacked" -path '*bin/cpio' -type f | head -n 1)
 (cd "$tree" && find . -print0 | LC_ALL=C sort -z |
     "$loader" --library-path "$libs" "$cpio" --null --create --quiet --format newc --owner 0:0) \
     >"$target/initrd"
-rm -rf "$unpacked" "$tree"
+# Guests of an older image, and whether it boots, are of no use any more.
+rm -rf "$unpacked" "$tree" "$target/snapshots" "$target"/no-kvm-*
 echo "$wanted" >"$stamp"
 echo "app-image: $(basename "$kernel"), initrd of $(($(stat -c %s "$target/initrd") >> 20)) MiB, in $target"

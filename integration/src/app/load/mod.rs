@@ -124,6 +124,7 @@ pub struct LoadSpec {
 #[derive(Debug)]
 pub struct Load {
     end: Arc<AtomicBool>,
+    abandoned: Arc<AtomicBool>,
     open: Open,
     samples: Receiver<Sample>,
     threads: Vec<JoinHandle<()>>,
@@ -165,12 +166,14 @@ impl Load {
             error,
         };
         let end = Arc::new(AtomicBool::new(false));
+        let abandoned = Arc::new(AtomicBool::new(false));
         let open = Open::default();
         let (orders, due) = bounded::<Order>(WAITING);
         let (sender, samples) = unbounded();
         let told = Told {
             samples: sender,
             open: open.clone(),
+            abandoned: Arc::clone(&abandoned),
         };
         // Threads are in the namespace of the one that starts them.
         let started = users.enter(|| {
@@ -189,6 +192,7 @@ impl Load {
         }));
         Ok(Self {
             end,
+            abandoned,
             open,
             samples,
             threads,
@@ -199,13 +203,6 @@ impl Load {
     #[must_use]
     pub fn take(&self) -> Vec<Sample> {
         self.samples.try_iter().collect()
-    }
-
-    /// How long the oldest request that has not ended has been due.
-    #[must_use]
-    pub fn behind(&self) -> Duration {
-        let oldest = self.open.change(|open| open.first().copied());
-        oldest.map_or(Duration::ZERO, |due| Micros::now().since(due))
     }
 
     /// Waits until every request that was due before `until` has ended; each does, within a minute
@@ -226,21 +223,19 @@ impl Load {
     /// Sends no more, waits for what is under way, and returns what has ended since the last call.
     #[must_use]
     pub fn finish(mut self) -> Vec<Sample> {
-        self.stop();
-        self.take()
-    }
-
-    fn stop(&mut self) {
         self.end.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.take()
     }
 }
 
 impl Drop for Load {
+    /// Nobody waits: what is due is not sent any more, and threads end with their last answer.
     fn drop(&mut self) {
-        self.stop();
+        self.end.store(true, Ordering::Relaxed);
+        self.abandoned.store(true, Ordering::Relaxed);
     }
 }
 
@@ -256,6 +251,8 @@ struct Order {
 struct Told {
     samples: Sender<Sample>,
     open: Open,
+    /// Nobody listens any more.
+    abandoned: Arc<AtomicBool>,
 }
 
 impl Told {
@@ -311,6 +308,9 @@ fn choose(writes: f64, first: f64, second: f64) -> Action {
 fn work(client: Client, front: SocketAddrV4, due: &Receiver<Order>, told: &Told) {
     let mut kept = Some(client);
     for Order { action, due, id } in due {
+        if told.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
         let target = format!("/{}?id={id}", action.name());
         let mut attempt = || {
             let mut client = match kept.take() {
