@@ -24,8 +24,8 @@ use crate::capacity::Allowance;
 /// From one host to another.
 pub type Path = (HostId, HostId);
 
-/// Length of a window, in microseconds, at least.
-const WINDOW_US: i64 = 1_000_000;
+/// Length of a window, in microseconds, at least: reports come every second, a little early or late.
+const WINDOW_US: i64 = 900_000;
 /// Windows in a row that have to say that a path carries less.
 const BELIEVED: u32 = 2;
 /// A stream wanted more if its data waited for the path in this part of the window …

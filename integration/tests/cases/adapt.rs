@@ -43,7 +43,7 @@ fn is_found(report: &MoveReport) -> bool {
 /// It is found by streams that the relay paces, and by those that the kernel does; and where the link
 /// carries what was told, nothing is found.
 pub fn a_narrow_link(accel: Accel) -> Result<()> {
-    let mut spec = spec(accel, &["web:64MiB:1MB/s:48MiB", "db:64MiB:1MB/s:48MiB"])?;
+    let mut spec = spec(accel, &["web:96MiB:1MB/s:48MiB", "db:96MiB:1MB/s:48MiB"])?;
     spec.link = BytesPerSecond(25_000_000);
     let lab = lab(spec)?;
     let carries = lab.bandwidth().0;
