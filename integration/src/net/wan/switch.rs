@@ -289,7 +289,7 @@ mod tests {
             queue: Duration::from_millis(2),
         });
         let now = Micros(1_000_000);
-        switch.take(now, 2, &frame(B, 0xff, 0));
+        switch.take(now, 2, &frame(B, 0xff, 12));
         assert_eq!(ports(&mut switch, Micros(2_000_000)), [0, 1]);
         let now = now + Duration::from_secs(1);
         for _ in 0..5 {
