@@ -315,10 +315,35 @@ impl Stage {
             let qemu = qemu::start(&vm.name, &template, &qmp, &launch.observe, &isolation)?;
             self.started.insert(vm.name.clone(), qemu);
         }
+        if !self.booted {
+            self.resume(interrupt)?;
+        }
         self.wait_for_answer(interrupt)?;
         if self.booted {
             self.warm().context("the application cannot be warmed")?;
             self.save(&snapshots, interrupt)?;
+        }
+        Ok(())
+    }
+
+    /// Loaded from snapshots the guests are paused, as they were when they were saved: all go on together.
+    fn resume(&mut self, interrupt: &Interrupt) -> Result<()> {
+        let by = Instant::now() + SAVE_LIMIT;
+        for (name, qemu) in &mut self.started {
+            loop {
+                interrupt.sleep(Duration::from_millis(20))?;
+                let said = qemu
+                    .monitor
+                    .execute("query-status", json!({}), MONITOR_LIMIT)?;
+                match said["status"].as_str() {
+                    Some("inmigrate") if Instant::now() < by => {}
+                    Some("paused") => break,
+                    _ => bail!("{name} cannot be loaded from its snapshot: {said}"),
+                }
+            }
+        }
+        for qemu in self.started.values_mut() {
+            qemu.monitor.execute("cont", json!({}), MONITOR_LIMIT)?;
         }
         Ok(())
     }

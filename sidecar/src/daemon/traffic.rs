@@ -31,8 +31,10 @@ table bridge muster_traffic {
 	}
 }
 ";
-const READ: &str = "list set bridge muster_traffic pairs\n";
-const REMOVE: &str = "delete table bridge muster_traffic\n";
+/// nft writes JSON of what it is asked for in arguments, not of what a file asks.
+const READ: [&str; 6] = ["-j", "list", "set", "bridge", "muster_traffic", "pairs"];
+const FROM_INPUT: [&str; 2] = ["-f", "-"];
+const REMOVE: [&str; 4] = ["delete", "table", "bridge", "muster_traffic"];
 /// The kernel counts from the network's header on.
 const ETHERNET_HEADER: u64 = 14;
 /// nft answers in that time.
@@ -59,12 +61,12 @@ pub fn count(time: Duration) -> Result<TrafficCount, String> {
 }
 
 fn count_alone(time: Duration) -> Result<TrafficCount, String> {
-    nft(&[], RULES)?;
+    nft(&FROM_INPUT, RULES)?;
     let began = Instant::now();
     std::thread::sleep(time);
-    let read = nft(&["-j"], READ);
+    let read = nft(&READ, "");
     let took = began.elapsed();
-    if let Err(error) = nft(&[], REMOVE) {
+    if let Err(error) = nft(&REMOVE, "") {
         log(&format!(
             "the table that counts traffic is left behind: {error}"
         ));
@@ -75,14 +77,13 @@ fn count_alone(time: Duration) -> Result<TrafficCount, String> {
     })
 }
 
-/// Has nft read `input`; what it says.
-fn nft(options: &[&str], input: &str) -> Result<String, String> {
+/// Runs nft, which reads `input`; what it says.
+fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
     let cannot = |error: io::Error| {
         format!("nft cannot be run: {error}; traffic is counted with it (package nftables)")
     };
     let mut child = Command::new("nft")
-        .args(options)
-        .args(["-f", "-"])
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
