@@ -301,7 +301,7 @@ mod tests {
         assert_eq!(ports(&mut switch, now + Duration::from_secs(1)).len(), 1);
         let count = switch.count(0, 1);
         assert_eq!((count.bytes, count.dropped), (3000, 2));
-        assert_eq!(switch.pairs().values().sum::<u64>(), 3000);
+        assert_eq!(switch.pairs()[&([A; 6], [B; 6])], 3000);
     }
 
     #[test]
