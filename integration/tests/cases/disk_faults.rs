@@ -134,7 +134,13 @@ impl<F: FnMut(&Lab) -> Result<()>> Observer for Blow<'_, F> {
 
 /// The group went back, for a reason that says all of this.
 fn went_back(report: &MoveReport, says: &[&str]) -> Result<()> {
-    ensure!(report.result == Outcome::RolledBack, "{}", report.result);
+    ensure!(
+        report.result == Outcome::RolledBack,
+        "{}: {:?} {:?}",
+        report.result,
+        report.reason,
+        report.notices
+    );
     let reason = report.reason.as_deref().context("no reason")?;
     for word in says {
         ensure!(reason.contains(word), "`{word}` is not said: {reason}");
