@@ -256,7 +256,7 @@ mod tests {
                 members: vec![2],
             }],
         };
-        // ALGORITHMS, release: R = 10, 20, 70 at 125 take 0.8 s; 70 at 50 take 1.4 s.
+        // R = 10, 20, 70 at 125 take 0.8 s; 70 at 50 take 1.4 s.
         assert_eq!(capacity.downtime(&[10, 20, 0]), Duration::from_millis(240));
         assert_eq!(
             capacity.downtime(&[10, 20, 70]),

@@ -149,20 +149,27 @@ fn versions() {
     assert_eq!(machine_version("microvm"), None);
 }
 
-#[test]
-fn local_disks_are_found_or_named() {
-    let text = r#"
+/// `web` alone, with these disks.
+fn with_disks(disks: &str) -> Application {
+    let text = format!(
+        r#"
         version = 1
-        application = { name = "shop", bandwidth = "50MB/s" }
-        host = [{ name = "a", control = "unix:/a" }, { name = "b", control = "unix:/b" }]
+        application = {{ name = "shop", bandwidth = "50MB/s" }}
+        host = [{{ name = "a", control = "unix:/a" }}, {{ name = "b", control = "unix:/b" }}]
         [[vm]]
         name = "web"
         uuid = "00000000-0000-0000-0000-000000000001"
         from = "a"
         to = "b"
-        disks = [{ node = "root" }, { node = "data" }, { node = "cd" }]
-    "#;
-    let app = Application::parse(text, Path::new("test")).expect("good");
+        disks = [{disks}]
+    "#
+    );
+    Application::parse(&text, Path::new("test")).expect("good")
+}
+
+#[test]
+fn local_disks_are_found_or_named() {
+    let app = with_disks(r#"{ node = "root" }, { node = "data" }, { node = "cd" }"#);
     let mut facts = facts();
     let info = |node: &str, size_bytes| DiskInfo {
         node: node.into(),
@@ -203,18 +210,7 @@ fn local_disks_are_found_or_named() {
 
 #[test]
 fn write_blocking_copies_need_a_patched_qemu() {
-    let text = r#"
-        version = 1
-        application = { name = "shop", bandwidth = "50MB/s" }
-        host = [{ name = "a", control = "unix:/a" }, { name = "b", control = "unix:/b" }]
-        [[vm]]
-        name = "web"
-        uuid = "00000000-0000-0000-0000-000000000001"
-        from = "a"
-        to = "b"
-        disks = [{ node = "root", copy-mode = "write-blocking" }]
-    "#;
-    let app = Application::parse(text, Path::new("test")).expect("good");
+    let app = with_disks(r#"{ node = "root", copy-mode = "write-blocking" }"#);
     let builds = [
         (QemuBuild::Stock, CopyMode::Background, true),
         (QemuBuild::Patched, CopyMode::WriteBlocking, false),

@@ -84,9 +84,9 @@ impl<S: Read + Write> Connection<S> {
                     Err(bad("the body is cut short"))
                 };
             }
-            if let Some((name, value)) = line.split_once(':')
-                && name.eq_ignore_ascii_case("content-length")
-            {
+            let field = line.split_once(':');
+            let field = field.filter(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+            if let Some((_, value)) = field {
                 let value = value.trim().parse().ok().filter(|length| *length <= BODY);
                 length = value.ok_or_else(|| bad("a body is too long"))?;
             }

@@ -36,9 +36,11 @@ pub fn choose(choice: AccelChoice, interrupt: &Interrupt) -> Result<ChosenAccel>
     }
     let image = AppImage::find()?;
     let note = note_of(&image)?;
-    if choice == AccelChoice::Auto
-        && let Ok(reason) = std::fs::read_to_string(&note)
-    {
+    let noted = match choice {
+        AccelChoice::Auto => std::fs::read_to_string(&note).ok(),
+        _ => None,
+    };
+    if let Some(reason) = noted {
         return Ok(ChosenAccel {
             accel: Accel::Tcg,
             reason: format!("TCG, because {reason} ({} has it)", note.display()),

@@ -100,7 +100,8 @@ fn ping(socket: &OwnedFd, addresses: &[Ipv4Addr], told: &Mutex<Answers>, end: &A
         .unwrap_or(1)
         .to_be_bytes();
     let mut due = Micros::now();
-    for number in 0_u16..=u16::MAX {
+    let mut number = 0_u16;
+    loop {
         if end.load(Ordering::Relaxed) {
             return;
         }
@@ -113,6 +114,7 @@ fn ping(socket: &OwnedFd, addresses: &[Ipv4Addr], told: &Mutex<Answers>, end: &A
             // One that cannot be sent is one that is not answered.
             let _ = sendto(socket.as_raw_fd(), &packet, &to, MsgFlags::empty());
         }
+        number = number.wrapping_add(1);
         due = due + PERIOD;
         loop {
             listen(socket, [high, low], told);

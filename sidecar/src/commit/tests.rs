@@ -16,6 +16,8 @@ use std::collections::HashSet;
 use super::*;
 
 const VMS: usize = 2;
+/// Worlds that are looked at before their successors are compared with what was seen.
+const AT_ONCE: usize = 1 << 14;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Vm {
@@ -636,36 +638,32 @@ fn no_interleaving_runs_a_vm_twice_or_nowhere() {
     let limit = std::env::var("MUSTER_MODEL_FAULTS").map_or(1, |text| {
         text.parse().expect("MUSTER_MODEL_FAULTS is a number")
     });
-    let explore = |worlds: &[World]| {
+    let explore = |worlds: &[World], seen: &HashSet<World>| {
         let mut found = Vec::new();
         for world in worlds {
             world.check_now();
             world.check_settles();
-            found.extend(
-                world
-                    .successors()
-                    .into_iter()
-                    .filter(|next| next.faults() <= limit),
-            );
+            let successors = world.successors().into_iter();
+            found.extend(successors.filter(|next| next.faults() <= limit && !seen.contains(next)));
         }
         found
     };
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let mut seen = HashSet::from([start()]);
-    let mut level = vec![start()];
-    while !level.is_empty() {
-        let parts = level.chunks(level.len().div_ceil(workers));
+    let mut stack = vec![start()];
+    while !stack.is_empty() {
+        let some = stack.split_off(stack.len().saturating_sub(AT_ONCE));
+        let parts = some.chunks(some.len().div_ceil(workers));
         let found = std::thread::scope(|scope| {
-            let parts: Vec<_> = parts.map(|part| scope.spawn(|| explore(part))).collect();
+            let (explore, seen) = (&explore, &seen);
+            let begin = |part| scope.spawn(move || explore(part, seen));
+            let parts: Vec<_> = parts.map(begin).collect();
             let found = parts
                 .into_iter()
                 .flat_map(|part| part.join().expect("a world is wrong"));
             found.collect::<Vec<World>>()
         });
-        level = found
-            .into_iter()
-            .filter(|next| seen.insert(*next))
-            .collect();
+        stack.extend(found.into_iter().filter(|next| seen.insert(*next)));
     }
     println!("{} states", seen.len());
     assert!(

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::commit::End;
 use crate::protocol::event::Event;
-use crate::protocol::types::{Phase, PhaseEntry, QemuBuild, Role, Side, Transport, VmReport};
+use crate::protocol::types::{Phase, PhaseEntry, Role, Side, Transport, VmReport};
 
 /// The name under which a QEMU gets the socket of its stream.
 pub const STREAM_FD: &str = "muster-stream";
@@ -213,28 +213,13 @@ impl Half {
     #[must_use]
     pub fn report(&self) -> VmReport {
         VmReport {
-            vm: self.name.clone(),
-            uuid: self.uuid,
-            role: self.role,
-            phase: self.phase,
             transport: self.transport,
-            qemu_build: QemuBuild::Stock,
-            round: 0,
             total_bytes: self.total_bytes,
-            transferred_bytes: 0,
-            remaining_bytes: 0,
-            dirty_rate_bytes_per_s: 0,
-            rate_bytes_per_s: 0,
-            link_wait_ms: 0,
-            limit_bytes_per_s: None,
-            throttle_percent: 0,
             history: self.history.clone(),
-            remaining_at_release_bytes: None,
             stopped_at_us: self.stopped_at_us,
             resumed_at_us: self.resumed_at_us,
-            rounds: Vec::new(),
-            disks: Vec::new(),
             error: self.error.clone(),
+            ..VmReport::new(self.name.clone(), self.uuid, self.role, self.phase)
         }
     }
 }

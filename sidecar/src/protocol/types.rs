@@ -291,6 +291,37 @@ pub struct VmReport {
     pub error: Option<String>,
 }
 
+impl VmReport {
+    /// Of a half of which nothing more is known.
+    #[must_use]
+    pub fn new(vm: String, uuid: Uuid, role: Role, phase: Phase) -> Self {
+        Self {
+            vm,
+            uuid,
+            role,
+            phase,
+            round: 0,
+            total_bytes: 0,
+            transport: Transport::Relay,
+            qemu_build: QemuBuild::Stock,
+            transferred_bytes: 0,
+            remaining_bytes: 0,
+            dirty_rate_bytes_per_s: 0,
+            rate_bytes_per_s: 0,
+            link_wait_ms: 0,
+            limit_bytes_per_s: None,
+            throttle_percent: 0,
+            history: Vec::new(),
+            remaining_at_release_bytes: None,
+            stopped_at_us: None,
+            resumed_at_us: None,
+            rounds: Vec::new(),
+            disks: Vec::new(),
+            error: None,
+        }
+    }
+}
+
 /// How far the copy of a local disk is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskReport {

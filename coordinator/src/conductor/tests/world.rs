@@ -310,28 +310,14 @@ impl<'a> World<'a> {
             return;
         }
         let report = VmReport {
-            disks: Vec::new(),
-            vm: vm.guest.name.into(),
-            uuid: vm.uuid,
-            role: Role::Source,
-            phase: vm.phase,
             round: vm.round,
             total_bytes: bytes(vm.guest.memory),
             transferred_bytes: bytes(vm.sent),
             remaining_bytes: bytes(vm.left),
             dirty_rate_bytes_per_s: bytes(vm.guest.dirty_rate),
             rate_bytes_per_s: bytes(self.rate(vm)),
-            transport: Transport::Relay,
-            qemu_build: QemuBuild::Stock,
             link_wait_ms: u64::try_from(vm.waited.as_millis()).unwrap(),
-            limit_bytes_per_s: None,
-            throttle_percent: 0,
-            history: Vec::new(),
-            remaining_at_release_bytes: None,
-            stopped_at_us: None,
-            resumed_at_us: None,
-            rounds: Vec::new(),
-            error: None,
+            ..VmReport::new(vm.guest.name.into(), vm.uuid, Role::Source, vm.phase)
         };
         let (run, host) = (vm.run, vm.at);
         let status = Event::Status { vms: vec![report] };

@@ -1,6 +1,6 @@
 use super::*;
 use crate::report::Outcome;
-use sidecar::protocol::types::{Decision, Phase, QemuBuild, Side, Transport, VmReport};
+use sidecar::protocol::types::{Decision, Phase, Side, VmReport};
 
 const BEFORE_CONTINUE: [&str; 4] = ["preparing", "precopy", "held", "stopping"];
 const ALL: [&str; 5] = ["preparing", "precopy", "held", "stopping", "switching"];
@@ -197,28 +197,8 @@ fn missed_events_are_caught_up_after_a_reconnect() {
 
 fn report(vm: &str, uuid: u128, phase: Phase) -> VmReport {
     VmReport {
-        disks: Vec::new(),
-        vm: vm.into(),
-        uuid: Uuid::from_u128(uuid),
-        role: Role::Source,
-        phase,
         round: 1,
-        transport: Transport::Relay,
-        qemu_build: QemuBuild::Stock,
-        total_bytes: 0,
-        transferred_bytes: 0,
-        remaining_bytes: 0,
-        dirty_rate_bytes_per_s: 0,
-        rate_bytes_per_s: 0,
-        link_wait_ms: 0,
-        limit_bytes_per_s: None,
-        throttle_percent: 0,
-        history: Vec::new(),
-        remaining_at_release_bytes: None,
-        stopped_at_us: None,
-        resumed_at_us: None,
-        rounds: Vec::new(),
-        error: None,
+        ..VmReport::new(vm.into(), Uuid::from_u128(uuid), Role::Source, phase)
     }
 }
 

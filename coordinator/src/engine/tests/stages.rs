@@ -60,29 +60,13 @@ pub(super) fn report_of(
 ) -> VmReport {
     let spec = s.group.spec();
     let member = spec.members.iter().find(|member| member.name == vm);
+    let uuid = member.expect("a member").uuid;
     VmReport {
-        disks: Vec::new(),
-        vm: vm.into(),
-        uuid: member.expect("a member").uuid,
-        role: Role::Source,
-        phase,
         round,
         total_bytes: 100 * MB,
-        transport: Transport::Relay,
-        qemu_build: QemuBuild::Stock,
-        transferred_bytes: 0,
         remaining_bytes,
         dirty_rate_bytes_per_s: 5 * MB,
-        rate_bytes_per_s: 0,
-        link_wait_ms: 0,
-        limit_bytes_per_s: None,
-        throttle_percent: 0,
-        history: Vec::new(),
-        remaining_at_release_bytes: None,
-        stopped_at_us: None,
-        resumed_at_us: None,
-        rounds: Vec::new(),
-        error: None,
+        ..VmReport::new(vm.into(), uuid, Role::Source, phase)
     }
 }
 

@@ -15,29 +15,13 @@ fn copies(s: &mut Script, half_seconds: u32, vm: &str, round: u64, left: u64, di
         s.pass(Duration::from_millis(500));
         let members = &s.group.spec().members;
         let member = members.iter().find(|member| member.name == vm);
+        let uuid = member.expect("a member").uuid;
         let report = VmReport {
-            disks: Vec::new(),
-            vm: vm.into(),
-            uuid: member.expect("a member").uuid,
-            role: Role::Source,
-            phase: Phase::Precopy,
             round,
             total_bytes: 1000 * MB,
-            transport: Transport::Relay,
-            qemu_build: QemuBuild::Stock,
-            transferred_bytes: 0,
             remaining_bytes: left * MB,
             dirty_rate_bytes_per_s: dirties * MB,
-            rate_bytes_per_s: 0,
-            link_wait_ms: 0,
-            limit_bytes_per_s: None,
-            throttle_percent: 0,
-            history: Vec::new(),
-            remaining_at_release_bytes: None,
-            stopped_at_us: None,
-            resumed_at_us: None,
-            rounds: Vec::new(),
-            error: None,
+            ..VmReport::new(vm.into(), uuid, Role::Source, Phase::Precopy)
         };
         s.event(A, Event::Status { vms: vec![report] });
     }

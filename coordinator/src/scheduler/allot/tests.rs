@@ -105,7 +105,7 @@ fn in_turn_the_largest_dirty_rate_comes_last() {
     assert_eq!(found.rates, [B - 1e6, 1e6]);
 }
 
-/// The schedule of ALGORITHMS B, asked step by step: its T is COMMA's for {L, D}.
+/// The schedule of COMMA 3.4, asked step by step: its T is COMMA's for {L, D}.
 #[test]
 fn delayed_starts_come_out_as_planned_when_time_passes() {
     let mut vms = [light(Progress::Waiting), database(Progress::Waiting)];

@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn without_saturation_it_is_the_linear_model() {
-        // ALGORITHMS, OBA with V = 0: T 28.571428571, r = (45, 55).
+        // OBA (VMbuddies, Algorithm 2) with V = 0: T 28.571428571, r = (45, 55).
         let vms = [sent(1000.0, 10.0, 1e9), sent(1000.0, 20.0, 1e9)];
         let found = oba(&vms, &Limits::link(100.0), &[0, 1]).expect("it converges");
         assert!((found.duration_s - 28.571_428_571).abs() < 1e-8);

@@ -59,9 +59,9 @@ fn read_answer(from: &mut impl BufRead) -> io::Result<(Ending, String)> {
             };
             return Ok((ending, String::from_utf8_lossy(&body).into_owned()));
         }
-        if let Some((name, value)) = line.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
+        let field = line.split_once(':');
+        let field = field.filter(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+        if let Some((_, value)) = field {
             let value = value.trim().parse().ok().filter(|length| *length <= BODY);
             length = Some(value.ok_or_else(|| bad("an answer is too long"))?);
         }

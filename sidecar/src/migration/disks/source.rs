@@ -1,5 +1,7 @@
 //! The source's side: one mirror job for each disk, from `blockdev-add` to its end.
 
+mod giving_up;
+
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -14,10 +16,6 @@ use crate::protocol::types::{Chain, CopyMode, DiskInfo, DiskReport};
 const POLL: Duration = Duration::from_millis(100);
 /// … while the VM is about to stop.
 const QUICK_POLL: Duration = Duration::from_millis(10);
-/// How often it is tried to remove what an abandoned mirror left.
-const CLEAN: Duration = Duration::from_millis(50);
-/// Until it is said that it cannot be removed.
-const CLEAN_WITHIN: Duration = Duration::from_secs(5);
 /// Of the dirty bitmap: with the default of 64 KiB small writes are sent many times over.
 pub(super) const GRANULARITY: u64 = 4096;
 /// What a mirror for whose copy the guest's writes wait has on its way at most: a write waits behind it,
@@ -405,35 +403,6 @@ impl Mirrors {
         }
     }
 
-    /// The move is given up, and the connections are cut: jobs and nodes go.
-    pub fn abandon(&mut self, now: Instant) {
-        match self.stage {
-            Stage::Idle => self.stage = Stage::Gone,
-            Stage::Gone | Stage::Leaving { .. } => {}
-            Stage::Sealed => self.release_guest(),
-            _ => {
-                self.stage = Stage::Leaving { since: Some(now) };
-                self.problem = None;
-                for index in 0..self.disks.len() {
-                    let arguments = json!({ "device": job(index), "force": true });
-                    self.ask(Tag::Cancel(index), "block-job-cancel", arguments);
-                }
-                self.ask(Tag::Leftover, "query-block-jobs", Value::Null);
-                self.poll_at = None;
-                self.release_guest();
-            }
-        }
-    }
-
-    /// What was measured of the guest's writes, and how they were limited, ends.
-    fn release_guest(&mut self) {
-        self.untrack();
-        self.throttle(0);
-        if self.is_adopted {
-            self.ask(Tag::Devices, "query-block", Value::Null);
-        }
-    }
-
     /// When [`Self::tick`] wants to be called.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
@@ -505,7 +474,8 @@ impl Mirrors {
     pub fn refused(&mut self, now: Instant, tag: Tag, error: &str) {
         match tag {
             // The job has ended by itself: the connection was cut.
-            Tag::Cancel(_) | Tag::Leftover | Tag::Rest => {}
+            Tag::Cancel(_) | Tag::Rest => {}
+            Tag::Leftover => self.ask_again(now, error),
             // Not held back, or not measured: it goes on without.
             Tag::HoldBack(_) | Tag::Track(_) | Tag::Count | Tag::Reset(_) | Tag::Untrack(_) => {}
             Tag::Devices | Tag::Throttle(_) => {}
@@ -580,52 +550,6 @@ impl Mirrors {
                     let arguments = json!({ "node-name": target(index) });
                     self.ask(Tag::Close(index), "blockdev-del", arguments);
                 }
-            }
-        }
-    }
-
-    /// Given up: are the jobs gone, so that the nodes can go?
-    fn clean(&mut self, now: Instant, value: &Value) {
-        if !matches!(self.stage, Stage::Leaving { .. }) {
-            return;
-        }
-        let ours = |found: &&Value| {
-            let device = found["device"].as_str().unwrap_or_default();
-            (0..self.disks.len()).any(|index| job(index) == device)
-        };
-        if value.as_array().into_iter().flatten().any(|job| ours(&job)) {
-            self.poll_at = Some(now + CLEAN);
-            self.complain(now, "its mirror does not end");
-            return;
-        }
-        for index in 0..self.disks.len() {
-            if !self.disks[index].removed {
-                let arguments = json!({ "node-name": target(index) });
-                self.ask(Tag::Remove(index), "blockdev-del", arguments);
-            }
-        }
-    }
-
-    fn removed(&mut self, index: usize) {
-        self.disks[index].removed = true;
-        if self.disks.iter().all(|disk| disk.removed) {
-            self.stage = Stage::Gone;
-            self.poll_at = None;
-        }
-    }
-
-    fn remove_again(&mut self, now: Instant, index: usize, error: &str) {
-        let node = target(index);
-        self.poll_at = Some(now + CLEAN);
-        self.complain(now, &format!("node `{node}` cannot be removed: {error}"));
-    }
-
-    /// Says once that something is still there; it is tried on.
-    fn complain(&mut self, now: Instant, text: &str) {
-        if let Stage::Leaving { since } = &mut self.stage {
-            if since.is_some_and(|since| now >= since + CLEAN_WITHIN) {
-                *since = None;
-                self.problem = Some(format!("a disk's mirror was given up, but {text}"));
             }
         }
     }

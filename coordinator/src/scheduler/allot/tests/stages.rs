@@ -81,7 +81,7 @@ fn a_parked_vm_gets_little_and_never_much_of_a_small_link() {
     assert_eq!(rate(1, 100), 1);
 }
 
-/// ALGORITHMS B's golden value once more, from VMs that are parked.
+/// The schedule of COMMA 3.4 once more, from VMs that are parked.
 #[test]
 fn in_its_turn_a_group_starts_what_was_parked_as_planned() {
     let mut vms = [light(PARKED), database(PARKED)];
