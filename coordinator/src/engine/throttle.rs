@@ -23,12 +23,12 @@ use super::group::{GroupRun, Stage};
 use super::halves::VmRun;
 use super::stages::Part;
 use crate::application::OnNonConvergence;
+use crate::scheduler::plan::THROTTLE_STEPS;
 use crate::scheduler::plan::schemes::Sent;
 use crate::scheduler::schedule::{Limits, Load};
 
 /// Throttles of QEMU's auto-converge take effect in steps of 3.2 s.
 pub(super) const SETTLES: Duration = Duration::from_secs(4);
-const STEPS: [u8; 5] = [20, 40, 60, 80, 99];
 /// A VM that dirties this part of what it can be sent does not converge alone …
 const ALONE: f64 = 0.9;
 /// … and needs no throttle where it would dirty less than this part without it.
@@ -55,7 +55,7 @@ impl Throttle {
     /// The next step within what is allowed, if there is one. After it was taken off it begins where it
     /// had been.
     fn next(&self, allowed: u8) -> Option<u8> {
-        let mut steps = STEPS.iter().copied();
+        let mut steps = THROTTLE_STEPS.iter().copied();
         let step = steps.find(|step| *step > self.percent && *step >= self.most)?;
         Some(step.min(allowed)).filter(|step| *step > self.percent)
     }

@@ -24,6 +24,7 @@ use super::order::{OrderError, Search};
 use super::schedule::{Schedule, VmSchedule};
 use crate::application::Policy;
 
+pub(crate) use deadline::THROTTLE_STEPS;
 pub use inputs::{Inputs, MissingError, Stage};
 
 /// A held VM's dirty pages are found in this interval, in seconds: what it dirties in that time is

@@ -5,7 +5,7 @@ use crate::application::Policy;
 use crate::scheduler::order::Search;
 
 /// How much vCPUs are slowed, in percent: the steps that a move takes.
-const STEPS: [u8; 5] = [20, 40, 60, 80, 99];
+pub(crate) const THROTTLE_STEPS: [u8; 5] = [20, 40, 60, 80, 99];
 
 /// Up to so many VMs remedies are looked for: each is a plan.
 const UP_TO: usize = 12;
@@ -27,7 +27,9 @@ pub(super) fn note(inputs: &Inputs, plan: &Plan, policy: Policy, search: Search)
         let slowed = once(&inputs.slowed(*percent), policy, search);
         slowed.is_ok_and(|plan| plan.converges && !misses(&plan))
     };
-    let found = STEPS.iter().find(|percent| may_look && helps(percent));
+    let found = THROTTLE_STEPS
+        .iter()
+        .find(|percent| may_look && helps(percent));
     let remedy = match (found, &missed) {
         (Some(percent), Some(_)) => format!("it is met with vCPUs slowed by {percent} %"),
         (Some(percent), None) => format!("it converges with vCPUs slowed by {percent} %"),
