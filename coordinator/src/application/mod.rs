@@ -89,7 +89,7 @@ pub struct Application {
     pub on_partial: OnPartial,
     /// Interval of the sidecars' reports.
     pub report_interval: Duration,
-    /// A write to the copy of a local disk is answered within this time, or the group goes back.
+    /// A guest's disk stands still no longer than this because of its copy, or the group goes back.
     pub disk_stall: Duration,
     /// multifd channels, 0 for none.
     pub multifd_channels: u8,

@@ -121,7 +121,7 @@ pub struct Limits {
     pub lease: Duration,
     /// Interval of STATUS.
     pub report_interval: Duration,
-    /// A write to the copy of a local disk is answered within this time.
+    /// A guest's disk stands still no longer than this because of its copy.
     pub disk_stall: Duration,
     /// multifd channels.
     pub multifd_channels: u8,

@@ -19,7 +19,7 @@ use testbed::memory::GuestRam;
 use testbed::qemu::Accel;
 
 use super::LIMIT;
-use super::disk_faults::watched;
+use super::disk_faults::{LONGEST, watched};
 use super::groups::{Barrier, check_all, go, lab, migration_settings, nothing_left, spec};
 
 const GUESTS: [&str; 3] = [
@@ -214,12 +214,16 @@ pub fn taken_back(accel: Accel) -> Result<()> {
 pub fn hung(accel: Accel) -> Result<()> {
     let lab = lab(with_disks(accel)?)?;
     // In the last one the others have been paused, and are complete, when that one gives up.
-    let steps: [(At, u64, u64); 3] = [
-        (|step| matches!(step, Step::Started), 100, 2500),
-        (|step| matches!(step, Step::AllHeld), 0, 2500),
-        (|step| matches!(step, Step::AllStopped { .. }), 0, 6000),
+    let steps: [(At, u64, Duration); 3] = [
+        (|step| matches!(step, Step::Started), 100, LONGEST),
+        (|step| matches!(step, Step::AllHeld), 0, LONGEST),
+        (
+            |step| matches!(step, Step::AllStopped { .. }),
+            0,
+            3 * LONGEST,
+        ),
     ];
-    for (at, delay_ms, longest_ms) in steps {
+    for (at, delay_ms, longest) in steps {
         let since = Micros::now();
         let mut fault = Fault {
             lab: &lab,
@@ -238,7 +242,8 @@ pub fn hung(accel: Accel) -> Result<()> {
             report.result,
             report.reason
         );
-        silence.at_most(Duration::from_millis(longest_ms))?;
+        println!("{silence}");
+        silence.at_most(longest)?;
         all_as_before(&lab, since)?;
     }
     Ok(())

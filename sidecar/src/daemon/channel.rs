@@ -504,6 +504,7 @@ impl Channel {
             Moved::Bytes(n) => {
                 if self.is_disk {
                     self.nbd.sent(now, &self.from_qemu.filled()[..n]);
+                    self.nbd.look(now, self.peer.socket.unacknowledged_bytes());
                 }
                 self.from_qemu.consume(n);
                 self.bytes += n as u64;
@@ -529,6 +530,11 @@ impl Channel {
         }
     }
 
+    /// The guest's own write waits from before its copy is sent until its mirror is given up.
+    fn disk_silence(&self) -> Duration {
+        self.disk_stall * 3 / 4
+    }
+
     /// When [`Self::step`] wants to be called even if nothing is ready.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
@@ -536,7 +542,7 @@ impl Channel {
             State::Greeting { by, .. } | State::Greeted { by, .. } => Some(*by),
             State::Open | State::Lingering => {
                 let waits = self.waiting_since.map(|since| since + STALL);
-                let silent = self.nbd.deadline(self.disk_stall);
+                let silent = self.nbd.deadline(self.disk_silence());
                 let closed = self.closed_by.filter(|_| !self.is_lingering());
                 [waits, silent, closed].into_iter().flatten().min()
             }
@@ -550,10 +556,7 @@ impl Channel {
         if self.waiting_since.is_some_and(|since| since + STALL <= now) {
             return Some("the destination takes no data any more (its sidecar or the link hangs)");
         }
-        let silent = self
-            .nbd
-            .deadline(self.disk_stall)
-            .is_some_and(|at| at <= now);
+        let silent = self.nbd.is_silent(now, self.disk_silence());
         silent.then_some("the destination does not answer to what is written to a disk")
     }
 }

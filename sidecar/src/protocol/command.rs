@@ -55,8 +55,8 @@ pub struct PrepareArgs {
     /// When pre-copy ends for a VM.
     #[serde(default)]
     pub termination: Termination,
-    /// A write to a local disk's mirror is answered within this time, in ms, or the move is given up:
-    /// the guest's own writes may come to wait for it. Since 1.4.
+    /// A guest's disk stands still no longer than this because of its mirror, in ms: a write to that
+    /// which is not answered in three quarters of it has the move given up. Since 1.4.
     #[serde(
         default = "default_disk_stall_ms",
         skip_serializing_if = "is_default_disk_stall"

@@ -19,6 +19,8 @@ const WRITE: u16 = 1;
 const DISCONNECT: u16 = 2;
 /// Option replies of these types are followed by others: SERVER, INFO, META_CONTEXT.
 const MORE_FOLLOWS: std::ops::RangeInclusive<u32> = 2..=4;
+/// How often one looks, within the longest silence, whether the other host still takes bytes.
+const LOOKS: u32 = 8;
 /// Longest header of all.
 const MAX_HEADER: usize = 32;
 
@@ -162,6 +164,7 @@ pub struct NbdWatch {
     silent_since: Option<Instant>,
     /// What was on its way, not acknowledged by the other host, when that was last looked at.
     on_its_way: u64,
+    looked_at: Option<Instant>,
     lost: bool,
 }
 
@@ -193,18 +196,28 @@ impl NbdWatch {
     }
 
     /// The other host has not acknowledged so many bytes: one that still takes them is slow, not
-    /// silent.
+    /// silent. When it took some is only known to lie after the look before.
     pub fn look(&mut self, now: Instant, on_its_way: u64) {
-        if on_its_way < self.on_its_way && self.silent_since.is_some() {
-            self.silent_since = Some(now);
+        if on_its_way < self.on_its_way {
+            self.silent_since = self.silent_since.max(self.silent_since.and(self.looked_at));
         }
         self.on_its_way = on_its_way;
+        self.looked_at = Some(now);
     }
 
-    /// When the server will have been silent for so long.
+    /// When to look again, or the server will have been silent for so long.
     #[must_use]
     pub fn deadline(&self, longest: Duration) -> Option<Instant> {
-        self.silent_since.map(|since| since + longest)
+        let silent = self.silent_since? + longest;
+        let look = self.looked_at.filter(|_| self.on_its_way > 0);
+        Some(look.map_or(silent, |at| silent.min(at + longest / LOOKS)))
+    }
+
+    /// Whether the server has been silent for so long. Look first.
+    #[must_use]
+    pub fn is_silent(&self, now: Instant, longest: Duration) -> bool {
+        self.silent_since
+            .is_some_and(|since| since + longest <= now)
     }
 
     /// Requests without an answer.
@@ -343,9 +356,34 @@ mod tests {
         assert_eq!(watch.deadline(second), None);
         watch.sent(later, &write[50..]);
         assert!(watch.deadline(second).is_some());
-        // The other host takes what was sent, slowly.
-        watch.look(later, 100);
-        watch.look(later + second / 2, 60);
-        assert_eq!(watch.deadline(second), Some(later + second / 2 + second));
+    }
+
+    #[test]
+    fn a_host_that_takes_bytes_is_slow_and_not_silent() {
+        let second = Duration::from_secs(1);
+        let start = Instant::now();
+        let mut watch = NbdWatch::default();
+        watch.sent(start, &request(1, &[0; 100], false));
+        watch.look(start, 128);
+        // It is looked in time whether it takes some.
+        assert_eq!(watch.deadline(second), Some(start + second / LOOKS));
+        for look in 1..=20 {
+            let now = start + second / LOOKS * look;
+            watch.look(now, u64::from(128 - look));
+            assert!(!watch.is_silent(now, second), "look {look}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_took_all_at_once_is_silent_from_then_on() {
+        let second = Duration::from_secs(1);
+        let start = Instant::now();
+        let mut watch = NbdWatch::default();
+        watch.sent(start, &request(1, &[0; 100], false));
+        watch.look(start, 128);
+        // Whenever one comes to look: it may have been right after the look before.
+        watch.look(start + second, 0);
+        assert!(watch.is_silent(start + second, second));
+        assert_eq!(watch.deadline(second), Some(start + second));
     }
 }
