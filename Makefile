@@ -21,10 +21,13 @@ STOCK_QEMU ?= qemu-system-x86_64
 # Built once, for all tests. Of the whole workspace: for one package its features differ, and all is built again.
 CHECKED := $(CARGO) test --locked --profile checked --workspace
 REAL_QEMU_TESTS := $(AS_ROOT) $(CHECKED) --test faults --test real_qemu
-# What takes long and is much the same with both QEMUs runs on the patched one only; under TCG, where there
-# is KVM, the stock one does not run at all: it may lose writes there (docs/failure-modes.md).
-ON_ONE := --skip every_benchmark_runs --skip users_of_an_application_feel --skip traffic_is_counted \
-	$(if $(wildcard /dev/kvm),--skip tcg::)
+# What takes long and is the same with both QEMUs, or needs none, runs with the patched one only; under TCG,
+# where there is KVM, the stock one does not run at all: it may lose writes there (docs/failure-modes.md).
+ON_ONE := $(addprefix --skip ,every_benchmark_runs users_of_an_application_feel traffic_is_counted \
+	vms_that_do_not_fit_together comma_copies_everything a_link_that_carries_less lll_starts_the_largest \
+	a_guest_that_boots_is_measured a_guest_that_writes_too_fast_to_its_disk \
+	a_link_carries_its_rate a_link_can_be_cut three_hosts_reach a_wan_has hosts_go_with \
+	a_killed_testbed an_interrupted_testbed $(if $(wildcard /dev/kvm),tcg::))
 
 .DEFAULT_GOAL := help
 .PHONY: demo app app-image test test-patched lint bench faults build build-checked qemu qemu-check qemu-base setup clean help

@@ -31,9 +31,9 @@ const GUESTS: [&str; 3] = [
     "db:128MiB:60MB/s:16MiB",
 ];
 const QUICK_GUESTS: [&str; 3] = [
-    "web:16MiB:30MB/s:4MiB",
-    "app:24MiB:30MB/s:6MiB",
-    "db:32MiB:40MB/s:8MiB",
+    "web:16MiB:15MB/s:4MiB",
+    "app:24MiB:15MB/s:6MiB",
+    "db:32MiB:20MB/s:8MiB",
 ];
 const LINK: &str = "400Mbit/s";
 const TURNS: usize = 6;

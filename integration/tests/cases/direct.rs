@@ -49,7 +49,7 @@ pub fn without_hold(accel: Accel) -> Result<()> {
 
 /// The kernel keeps the application's bandwidth, shared by both.
 pub fn paced(accel: Accel) -> Result<()> {
-    let mut spec = spec(accel, &["web:64MiB:1MB/s:48MiB", "db:64MiB:1MB/s:48MiB"])?;
+    let mut spec = spec(accel, &["web:48MiB:1MB/s:32MiB", "db:48MiB:1MB/s:32MiB"])?;
     spec.settings.push("transport = \"direct\"".into());
     spec.link = rate_limiter::BytesPerSecond(20_000_000);
     let lab = lab(spec)?;

@@ -241,7 +241,7 @@ pub fn adopted(accel: Accel) -> Result<()> {
 
 /// A guest that dirties more than the link carries, in a working set that does not fit the
 /// downtime either.
-const HOT: [&str; 2] = ["web:32MiB:1MB/s:2MiB", "db:64MiB:60MB/s:40MiB"];
+const HOT: [&str; 2] = ["web:16MiB:1MB/s:2MiB", "db:32MiB:60MB/s:24MiB"];
 
 fn hot(accel: Accel, choice: &str, downtime: &str) -> Result<Lab> {
     let mut spec = spec(accel, &HOT)?;
