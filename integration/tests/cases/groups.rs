@@ -249,6 +249,7 @@ fn hot(accel: Accel, choice: &str, downtime: &str) -> Result<Lab> {
     spec.settings.push(format!("max-downtime = \"{downtime}\""));
     spec.settings
         .push(format!("on-non-convergence = \"{choice}\""));
+    spec.settings.push("horizon = \"3s\"".into());
     lab(spec)
 }
 
