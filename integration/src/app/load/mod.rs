@@ -1,4 +1,4 @@
-//! The users: an open loop ([`open`]) or a closed one ([`closed`]), whose level changes as a
+//! The users: an open loop (`open`) or a closed one (`closed`), whose level changes as a
 //! [`Shape`] says.
 
 mod client;
