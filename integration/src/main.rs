@@ -49,7 +49,7 @@ enum Subcommands {
     /// Moves three guests between two hosts under each policy and shows what each costs.
     Demo(DemoOptions),
     /// Moves web, app and db in Linux guests over a WAN under each policy, and shows what users feel.
-    App(AppOptions),
+    App(Box<AppOptions>),
     /// Measures what Muster promises, in pairs, and says which bounds were kept.
     Bench(BenchOptions),
     /// Plays the table of faults: signals to every process in every phase of a move.

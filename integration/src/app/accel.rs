@@ -12,13 +12,16 @@ use anyhow::{Context, Result, bail};
 use rate_limiter::Bytes;
 
 use super::image::AppImage;
-use super::machine::{AppLaunch, Start, machines};
+use super::machine::{AppLaunch, Start, kernel_line, machines};
 use crate::demo::kernel;
 use crate::process::Isolation;
 use crate::qemu::{self, Accel, AccelChoice, ChosenAccel, installed};
 use crate::signals::Interrupt;
 
 const TRY_FOR: Duration = Duration::from_secs(20);
+/// The kernel has said something by then, or the firmware is executed too slowly (or not at all):
+/// with KVM on bare metal it takes less than a second.
+const FIRST_WORD: Duration = Duration::from_secs(4);
 const MONITOR_LIMIT: Duration = Duration::from_secs(5);
 /// What the guest's first process says, whatever comes after.
 const SPOKEN: &str = "muster: ";
@@ -88,7 +91,8 @@ fn try_kvm(image: AppImage, interrupt: &Interrupt) -> Result<Result<Duration, St
     let vms = machines(1);
     let launch = AppLaunch {
         vm: vms[0].clone(),
-        kernel_line: super::machine::kernel_line(&vms[0], &vms),
+        // The kernel speaks as soon as it has been loaded.
+        kernel_line: kernel_line(&vms[0], &vms).replace("quiet", "earlyprintk=ttyS0"),
         accel: Accel::Kvm,
         memory: Bytes(192 << 20),
         image,
@@ -112,6 +116,11 @@ fn try_kvm(image: AppImage, interrupt: &Interrupt) -> Result<Result<Duration, St
         let said = std::fs::read(&launch.console).unwrap_or_default();
         if String::from_utf8_lossy(&said).contains(SPOKEN) {
             return Ok(Ok(began.elapsed()));
+        }
+        if said.is_empty() && began.elapsed() > FIRST_WORD {
+            return Ok(Err(format!(
+                "under KVM no kernel was up within {FIRST_WORD:?}"
+            )));
         }
         if let Err(error) = qemu.process.must_run() {
             return Ok(Err(error.to_string()));

@@ -1,7 +1,9 @@
 //! What the users felt of one move, in figures.
 
+use std::num::TryFromIntError;
 use std::time::Duration;
 
+use coordinator::MoveReport;
 use serde::Serialize;
 
 use super::load::{Ending, Sample};
@@ -39,6 +41,10 @@ pub struct Feel {
     pub lost: usize,
     /// Median of the seconds' mean response times before the move, in milliseconds.
     pub before_ms: f64,
+    /// The 95th percentile before the move, in milliseconds.
+    pub before_p95_ms: f64,
+    /// The same of requests due in pre-copy: from the move's beginning to the first STOP.
+    pub precopy_p95_ms: f64,
     /// Mean response time of requests due during the move, in milliseconds.
     pub during_ms: f64,
     /// Their 99th percentile (nearest rank).
@@ -51,6 +57,8 @@ pub struct Feel {
     pub longest_gap_s: f64,
     /// Seconds from the move's beginning on whose mean is above twice the median before.
     pub degraded_s: u32,
+    /// Of these, seconds in which no VM was stopped: what the downtime does not explain.
+    pub degraded_beyond_s: u32,
     /// From the last VM's resumption to the end of the last degraded second; 0 if none is later.
     pub recovery_s: f64,
     /// Every second watched.
@@ -58,18 +66,49 @@ pub struct Feel {
 }
 
 /// The moments of a move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moments {
     /// When it began.
     pub began: Micros,
     /// When the last VM ran at its destination.
     pub ended: Micros,
+    /// STOP and RESUME of every VM.
+    pub outages: Vec<(Micros, Micros)>,
+}
+
+impl Moments {
+    /// Of a move that is reported.
+    ///
+    /// # Errors
+    /// It was before 1970.
+    pub fn of(movement: &MoveReport) -> Result<Self, TryFromIntError> {
+        let at = |us: i64| u64::try_from(us).map(Micros::from_unix_us);
+        let began = at(movement.started_at_us)?;
+        let mut outages = Vec::new();
+        for vm in &movement.vms {
+            if let (Some(stopped), Some(resumed)) = (vm.stopped_at_us, vm.resumed_at_us) {
+                outages.push((at(stopped)?, at(resumed)?));
+            }
+        }
+        Ok(Self {
+            began,
+            ended: began + Duration::from_secs_f64(movement.total_s.max(0.0)),
+            outages,
+        })
+    }
+
+    /// When pre-copy was over for the first VM.
+    #[must_use]
+    pub fn first_stop(&self) -> Micros {
+        let stops = self.outages.iter().map(|(stopped, _)| *stopped);
+        stops.min().unwrap_or(self.ended)
+    }
 }
 
 /// What the users felt of a move; `samples` in the order of their due times.
 #[must_use]
-pub fn feel(samples: &[Sample], moments: Moments) -> Feel {
-    let Moments { began, ended } = moments;
+pub fn feel(samples: &[Sample], moments: &Moments) -> Feel {
+    let (began, ended, stop) = (moments.began, moments.ended, moments.first_stop());
     let seconds = by_second(samples, began);
     let before: Vec<f64> = seconds
         .iter()
@@ -79,10 +118,15 @@ pub fn feel(samples: &[Sample], moments: Moments) -> Feel {
     let before_ms = median(&before);
     let during = times(samples, |due| due >= began && due < ended);
     let after = times(samples, |due| due >= ended);
+    let precopy = times(samples, |due| due >= began && due < stop);
+    let calm = times(samples, |due| due < began);
     let degraded: Vec<&Second> = seconds
         .iter()
         .filter(|second| second.at_s >= 0 && second.mean_ms > before_ms * DEGRADED)
         .collect();
+    let beyond = degraded
+        .iter()
+        .filter(|second| !stopped_in(second, moments));
     let end_s = ended.since(began).as_secs_f64();
     let last = degraded
         .last()
@@ -98,15 +142,37 @@ pub fn feel(samples: &[Sample], moments: Moments) -> Feel {
         refused: of(Ending::Refused),
         lost: of(Ending::Lost),
         before_ms,
+        before_p95_ms: rank(&calm, 95),
+        precopy_p95_ms: rank(&precopy, 95),
         during_ms: mean(&during),
-        during_p99_ms: rank99(&during),
+        during_p99_ms: rank(&during, 99),
         after_ms: mean(&after),
         slowdown: mean(&during) / before_ms.max(f64::MIN_POSITIVE),
         longest_gap_s: longest_gap(samples, began - Duration::from_secs(1)).as_secs_f64(),
-        degraded_s: u32::try_from(degraded.len()).unwrap_or(u32::MAX),
+        degraded_s: count(degraded.len()),
+        degraded_beyond_s: count(beyond.count()),
         recovery_s: (last - end_s).max(0.0),
         seconds,
     }
+}
+
+/// Whether a VM was stopped in a second of the move.
+fn stopped_in(second: &Second, moments: &Moments) -> bool {
+    let after = Duration::from_secs(u64::try_from(second.at_s).unwrap_or(0));
+    let begin = moments.began + after;
+    let end = begin + Duration::from_secs(1);
+    let mut outages = moments.outages.iter();
+    outages.any(|(stopped, resumed)| *stopped < end && *resumed > begin)
+}
+
+/// The 95th percentile of the response times of what was due from here to there, in milliseconds.
+#[must_use]
+pub fn p95(samples: &[Sample], from: Micros, to: Micros) -> f64 {
+    rank(&times(samples, |due| due >= from && due < to), 95)
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 /// The longest time without an answer after `from`.
@@ -136,7 +202,6 @@ fn by_second(samples: &[Sample], began: Micros) -> Vec<Second> {
         .map(|at_s| {
             let due: Vec<&Sample> = samples.iter().filter(|s| second(s.due) == at_s).collect();
             let took: Vec<f64> = due.iter().map(|s| ms(s.took())).collect();
-            let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
             let answered = |s: &&Sample| s.ending == Ending::Answered && second(s.done) == at_s;
             Second {
                 at_s,
@@ -160,10 +225,11 @@ fn mean(values: &[f64]) -> f64 {
     sum / f64::from(u32::try_from(values.len().max(1)).unwrap_or(u32::MAX))
 }
 
-fn rank99(values: &[f64]) -> f64 {
+/// Nearest rank; 0 of nothing.
+fn rank(values: &[f64], percent: usize) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
-    let at = (sorted.len() * 99).div_ceil(100).max(1) - 1;
+    let at = (sorted.len() * percent).div_ceil(100).max(1) - 1;
     sorted.get(at).copied().unwrap_or(0.0)
 }
 
@@ -212,11 +278,23 @@ mod tests {
         let moments = Moments {
             began: Micros(100_000_000),
             ended: Micros(105_500_000),
+            outages: vec![(Micros(104_900_000), Micros(105_000_000))],
         };
-        let feel = feel(&samples(), moments);
+        let feel = feel(&samples(), &moments);
         assert_eq!((feel.requests, feel.refused, feel.lost), (300, 1, 0));
         assert!((feel.before_ms - 40.0).abs() < 1e-9);
         assert_eq!(feel.degraded_s, 2, "{:?}", feel.seconds);
+        assert_eq!(
+            feel.degraded_beyond_s, 1,
+            "of the second nothing was stopped"
+        );
+        assert!((feel.before_p95_ms - 40.0).abs() < 1e-9);
+        // Of the 49 before the first STOP the last 9 waited for 2 s and less: the 47th for 1.8 s.
+        assert!(
+            (feel.precopy_p95_ms - 1800.0).abs() < 1e-9,
+            "{}",
+            feel.precopy_p95_ms
+        );
         assert!((feel.recovery_s - 0.5).abs() < 1e-9);
         assert!(
             (feel.longest_gap_s - 2.06).abs() < 1e-9,
@@ -235,7 +313,8 @@ mod tests {
         let moments = Moments {
             began: Micros(1),
             ended: Micros(2),
+            outages: Vec::new(),
         };
-        assert_eq!(feel(&[], moments).degraded_s, 0);
+        assert_eq!(feel(&[], &moments).degraded_s, 0);
     }
 }

@@ -61,6 +61,13 @@ pub fn cloudstone(action: Action) -> Duration {
     })
 }
 
+/// The limit of an action: the last one given for it, else Cloudstone's.
+#[must_use]
+pub fn limit_of(action: Action, limits: &[Limit]) -> Duration {
+    let own = limits.iter().rev().find(|limit| limit.action == action);
+    own.map_or_else(|| cloudstone(action), |limit| limit.time)
+}
+
 /// How an action did at one percentile.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Verdict {
@@ -84,8 +91,7 @@ pub struct Verdict {
 pub fn judge(samples: &[Sample], limits: &[Limit], window: Duration) -> Vec<Verdict> {
     let mut verdicts = Vec::new();
     for action in Action::USERS {
-        let own = limits.iter().rev().find(|limit| limit.action == action);
-        let limit = own.map_or_else(|| cloudstone(action), |limit| limit.time);
+        let limit = limit_of(action, limits);
         let mut these: Vec<&Sample> = samples.iter().filter(|s| s.action == action).collect();
         these.sort_by_key(|sample| sample.due);
         verdicts.extend(judge_one(action, &these, limit, window));

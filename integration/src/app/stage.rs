@@ -21,6 +21,7 @@ use super::load::{self, Action};
 use super::machine::{
     AppLaunch, AppVm, NETWORK, PREFIX, Start, Tier, USERS, kernel_line, machines, shell,
 };
+use super::wan_plan::State;
 use crate::lab::files::quoted;
 use crate::lab::{payload, serve};
 use crate::net::wan::{Path as WanPath, Wan};
@@ -52,15 +53,13 @@ pub struct StageSpec {
     pub hosts: u8,
     /// Who executes the guests.
     pub accel: Accel,
-    /// The WAN between the two sites: rate each way.
-    pub rate: BytesPerSecond,
-    /// And round trip time.
-    pub rtt: Duration,
-    /// And the share of frames lost.
-    pub loss: f64,
+    /// The WAN between the two sites.
+    pub wan: State,
     /// Round trip time between the users and either site.
     pub users_rtt: Duration,
-    /// Lines for `[application]` beyond name and bandwidth.
+    /// What migration streams leave the application of the WAN.
+    pub reserve: BytesPerSecond,
+    /// Lines for `[application]` beyond name, bandwidth and reserve.
     pub settings: Vec<String>,
 }
 
@@ -123,7 +122,7 @@ impl Stage {
             image,
             directory,
         };
-        stage.set_wan(stage.spec.rate, stage.spec.rtt, stage.spec.loss);
+        stage.set_wan(stage.spec.wan);
         for site in SITES {
             stage
                 .wan
@@ -144,7 +143,8 @@ impl Stage {
     }
 
     /// Changes the WAN between the sites, at any time.
-    pub fn set_wan(&self, rate: BytesPerSecond, rtt: Duration, loss: f64) {
+    pub fn set_wan(&self, state: State) {
+        let State { rate, rtt, loss } = state;
         self.wan
             .set_path(SITES[0], SITES[1], way(Some(rate), rtt, loss));
     }
@@ -220,9 +220,10 @@ impl Stage {
     }
 
     fn application_text(&self, from: usize, to: usize) -> String {
-        let bandwidth = payload(self.spec.rate).0;
+        let (bandwidth, reserve) = (payload(self.spec.wan.rate).0, self.spec.reserve.0);
         let mut text = format!(
-            "version = 1\n\n[application]\nname = \"shop\"\nbandwidth = \"{bandwidth}B/s\"\n"
+            "version = 1\n\n[application]\nname = \"shop\"\nbandwidth = \"{bandwidth}B/s\"\n\
+             reserve = \"{reserve}B/s\"\n"
         );
         for line in &self.spec.settings {
             let _ = writeln!(text, "{line}");

@@ -157,12 +157,14 @@ fn heading(section: &Section, machine: &Machine) -> String {
 
 /// A section as Markdown, to stand between the markers.
 fn markdown(machine: &Machine, date: &str, section: &Section, quick: bool) -> String {
+    let command = section.command.clone().unwrap_or_else(|| {
+        let quick = if quick { " --quick" } else { "" };
+        format!("muster-testbed bench {}{quick}", section.name)
+    });
     let mut text = format!(
-        "{} {}\n\n`muster-testbed bench {}{}` ({:.0} s), {date}, on {}.\n\n{}\n\n{}",
+        "{} {}\n\n`{command}` ({:.0} s), {date}, on {}.\n\n{}\n\n{}",
         heading(section, machine),
         section.title,
-        section.name,
-        if quick { " --quick" } else { "" },
         section.took_s,
         machine.line(),
         section.setup,

@@ -133,6 +133,9 @@ pub struct Section {
     pub title: &'static str,
     /// How it was set up, with the numbers of this run.
     pub setup: String,
+    /// The command that makes it, where it is not `muster-testbed bench NAME`.
+    #[serde(skip)]
+    pub command: Option<String>,
     /// Whether it is the same whatever QEMU there is.
     pub without_qemu: bool,
     /// How long it took, in seconds.
@@ -153,6 +156,7 @@ impl Section {
             name,
             title,
             setup,
+            command: None,
             without_qemu: false,
             took_s: 0.0,
             figures: Vec::new(),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
 use coordinator::client::Client;
 use coordinator::traffic;
-use testbed::app::load::{Action, ask_once};
+use testbed::app::load::{Ending, Load, LoadSpec, Pace, Shape};
 use testbed::app::{AppOptions, app};
 use testbed::net::wan::{Path, Wan};
 use testbed::net::{Network, throughput};
@@ -99,8 +99,8 @@ pub fn wan() -> Result<()> {
 }
 
 pub fn traffic_matrix() -> Result<()> {
-    const COUNT: Duration = Duration::from_secs(6);
-    const ASK: Duration = Duration::from_secs(3);
+    const COUNT: Duration = Duration::from_secs(4);
+    const ASK: Duration = Duration::from_millis(1500);
     let Wrapped { options } = Wrapped::try_parse_from(["app", "--quick"])?;
     let stage = options.stage(&Interrupt::install()?)?;
     let application = stage.application(0, 1)?;
@@ -108,7 +108,16 @@ pub fn traffic_matrix() -> Result<()> {
     for (_, result) in client.wait_connected(LIMIT) {
         result?;
     }
-    let (front, users) = (stage.front(), stage.users()?);
+    let users = stage.users()?;
+    let thinking = LoadSpec {
+        front: stage.front(),
+        pace: Pace::Closed {
+            users: Shape::constant(3.0),
+            think: Duration::from_millis(20),
+            seed: 1,
+        },
+        writes: 0.0,
+    };
     let host = stage.host(0, 0)?;
     let counting = || {
         let mut nft = Command::new("nft");
@@ -116,23 +125,25 @@ pub fn traffic_matrix() -> Result<()> {
         host.enter(|| nft.output())
     };
     let db = stage.vms.len() - 1;
-    let (counted, carried) = std::thread::scope(|scope| {
+    let (counted, carried, asked) = std::thread::scope(|scope| {
         let count = scope.spawn(|| traffic::count(&application, &client, COUNT));
         let by = Instant::now() + LIMIT;
         while !counting()??.status.success() {
             ensure!(Instant::now() < by, "nothing is counted");
         }
         let before = stage.tap_counters(db, 0)?;
-        let began = Instant::now();
-        while began.elapsed() < ASK {
-            users.enter(|| ask_once(front, Action::Search, 7))??;
-        }
+        let load = Load::start(users, &thinking)?;
+        std::thread::sleep(ASK);
+        let asked = load.finish();
         let after = stage.tap_counters(db, 0)?;
         ensure!(counting()??.status.success(), "it was counted too short");
         let counted = count.join().map_err(|_| anyhow!("the count broke"))??;
         let carried = (after.received.0 - before.received.0) + (after.sent.0 - before.sent.0);
-        Ok::<_, anyhow::Error>((counted, carried))
+        Ok::<_, anyhow::Error>((counted, carried, asked))
     })?;
+    // Three users who think for 20 ms: some dozens at least, and no two of one user at once.
+    ensure!(asked.len() > 30, "{} requests", asked.len());
+    ensure!(asked.iter().all(|sample| sample.ending == Ending::Answered));
     ensure!(!counting()??.status.success(), "the table is left behind");
     let pairs: Vec<String> = counted.pairs.iter().map(|p| p.between.join("-")).collect();
     ensure!(pairs == ["web-app", "app-db"], "{pairs:?}");
@@ -153,7 +164,15 @@ struct Wrapped {
 
 pub fn three_policies() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    let words = ["app", "--quick", "--before=3s", "--out"];
+    let change = "--wan-at=500ms:rtt=60ms";
+    let words = [
+        "app",
+        "--quick",
+        "--wan=800Mbit/s",
+        "--before=2s",
+        change,
+        "--out",
+    ];
     let out = directory.path().as_os_str();
     let words = words.map(std::ffi::OsStr::new).into_iter().chain([out]);
     let Wrapped { options } = Wrapped::try_parse_from(words)?;
@@ -179,6 +198,10 @@ pub fn three_policies() -> Result<()> {
             "{policy}: {}",
             run["wan_bytes"]
         );
+        let changes = run["wan_changes"].as_array().context("no changes")?;
+        ensure!(changes.len() == 1, "{policy}: {changes:?}");
+        let at = changes[0]["at_s"].as_f64();
+        ensure!(at >= Some(0.5) && at < Some(1.5), "{policy}: {changes:?}");
         for away in run["downtimes"].as_array().context("no downtimes")? {
             let (inside, outside) = (&away["inside_s"], &away["outside_s"]);
             let inside = inside.as_f64().context("not measured inside")?;
@@ -201,6 +224,11 @@ pub fn three_policies() -> Result<()> {
         between(0),
         between(2)
     );
+    let costs = report["costs"].as_array().context("no costs")?;
+    let relative = |cost: &&serde_json::Value| cost["what"] == "completion, relative to parallel";
+    let relative: Vec<_> = costs.iter().filter(relative).collect();
+    ensure!(relative.len() == 3, "{relative:?}");
+    ensure!(relative[1]["values"][0] == 1.0, "{relative:?}");
     ensure!(read("report.svg")?.starts_with("<svg"));
     ensure!(read("report.html")?.contains("<svg"));
     Ok(())

@@ -1,12 +1,11 @@
-//! The users: requests at moments that are fixed beforehand, whatever becomes of those before.
-//!
-//! This is an open loop. A response time counts from the moment at which its request was meant to be
-//! sent, so a system that stands still is charged with every request that it keeps waiting, and not
-//! with one per connection (coordinated omission). Workers hold one connection each and take the
-//! next request that is due; connections are opened before the first, and one that is lost is opened
-//! again and counted.
+//! The users: an open loop (`open`) or a closed one (`closed`), whose level changes as a
+//! [`Shape`] says.
 
 mod client;
+mod closed;
+mod dice;
+mod open;
+pub mod shape;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddrV4;
@@ -15,18 +14,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use serde::Serialize;
 
 use crate::clock::Micros;
 use crate::net::{Host, NetError};
 use crate::signals::{Interrupt, Interrupted};
 use client::Client;
+pub use shape::Shape;
 
 /// A request that is not answered for so long has failed.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Requests that are due and not taken yet; more are counted as failed.
-const WAITING: usize = 65_536;
 /// The wall is looked at this often while the next request is far.
 const STEP: Duration = Duration::from_millis(20);
 
@@ -106,18 +104,37 @@ impl Sample {
     }
 }
 
+/// Who decides when a request is sent.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Pace {
+    /// The clock, whatever becomes of the requests before.
+    Open {
+        /// Requests per second.
+        rate: Shape,
+        /// Connections, all opened beforehand.
+        connections: usize,
+    },
+    /// Users, who think after every answer.
+    Closed {
+        /// How many of them are there.
+        users: Shape,
+        /// How long they think on the average; exponentially distributed.
+        think: Duration,
+        /// The same seed, the same thoughts.
+        seed: u64,
+    },
+}
+
 /// What load to make.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadSpec {
     /// Where it goes.
     pub front: SocketAddrV4,
-    /// Requests per second.
-    pub rate: f64,
+    /// When requests are sent.
+    pub pace: Pace,
     /// The share of requests that write, 0 to 1. The others are 30 % home, 40 % search and 30 %
     /// detail, about as in Cloudstone's mix.
     pub writes: f64,
-    /// Connections, all opened beforehand.
-    pub connections: usize,
 }
 
 /// A running load; it ends when this is dropped.
@@ -128,14 +145,23 @@ pub struct Load {
     open: Open,
     samples: Receiver<Sample>,
     threads: Vec<JoinHandle<()>>,
+    /// Users who think listen here.
+    hang_up: Option<Sender<Never>>,
 }
 
-/// When the requests were due that have not ended yet.
+/// Nothing is ever said: that the line is dead is the message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Never {}
+
+/// The requests that have not ended yet: when each was due, and whose it is.
 #[derive(Debug, Clone, Default)]
-struct Open(Arc<Mutex<BTreeSet<Micros>>>);
+struct Open(Arc<Mutex<BTreeSet<Key>>>);
+
+/// When a request was due, and a number that no other has that was due then.
+type Key = (Micros, u64);
 
 impl Open {
-    fn change<T>(&self, change: impl FnOnce(&mut BTreeSet<Micros>) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut BTreeSet<Key>) -> T) -> T {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -168,34 +194,30 @@ impl Load {
         let end = Arc::new(AtomicBool::new(false));
         let abandoned = Arc::new(AtomicBool::new(false));
         let open = Open::default();
-        let (orders, due) = bounded::<Order>(WAITING);
         let (sender, samples) = unbounded();
         let told = Told {
             samples: sender,
             open: open.clone(),
             abandoned: Arc::clone(&abandoned),
         };
+        let (hang_up, line) = unbounded();
         // Threads are in the namespace of the one that starts them.
-        let started = users.enter(|| {
-            let mut threads = Vec::new();
-            for _ in 0..spec.connections.max(1) {
-                let client = Client::connect(spec.front, LIMIT)?;
-                let (due, told, front) = (due.clone(), told.clone(), spec.front);
-                threads.push(std::thread::spawn(move || work(client, front, &due, &told)));
+        let threads = users.enter(|| match spec.pace {
+            Pace::Open { rate, connections } => {
+                open::start(spec, rate, connections.max(1), &end, &told)
             }
-            Ok(threads)
+            Pace::Closed { users, think, seed } => {
+                let crowd = closed::Crowd { users, think, seed };
+                closed::start(spec, crowd, &line, &told)
+            }
         })?;
-        let mut threads = started.map_err(failed)?;
-        let (spec, ending) = (spec.clone(), Arc::clone(&end));
-        threads.push(std::thread::spawn(move || {
-            order(&spec, &ending, &orders, &told)
-        }));
         Ok(Self {
             end,
             abandoned,
             open,
             samples,
-            threads,
+            threads: threads.map_err(failed)?,
+            hang_up: Some(hang_up),
         })
     }
 
@@ -205,25 +227,35 @@ impl Load {
         self.samples.try_iter().collect()
     }
 
-    /// Waits until every request that was due before `until` has ended; each does, within a minute
-    /// of its turn.
+    /// Waits until every request that was due before `until` has ended; whether they all have
+    /// within `limit`.
     ///
     /// # Errors
     /// An interrupt comes.
-    pub fn settle(&self, until: Micros, interrupt: &Interrupt) -> Result<(), Interrupted> {
+    pub fn settle(
+        &self,
+        until: Micros,
+        limit: Duration,
+        interrupt: &Interrupt,
+    ) -> Result<bool, Interrupted> {
+        let by = Micros::now() + limit;
         while self
             .open
-            .change(|open| open.first().is_some_and(|due| *due < until))
+            .change(|open| open.first().is_some_and(|(due, _)| *due < until))
         {
+            if Micros::now() > by {
+                return Ok(false);
+            }
             interrupt.sleep(STEP)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Sends no more, waits for what is under way, and returns what has ended since the last call.
     #[must_use]
     pub fn finish(mut self) -> Vec<Sample> {
         self.end.store(true, Ordering::Relaxed);
+        self.hang_up = None;
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -239,14 +271,7 @@ impl Drop for Load {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Order {
-    action: Action,
-    due: Micros,
-    id: u64,
-}
-
-/// Where requests are told that have ended.
+/// Where requests are told that begin and end.
 #[derive(Debug, Clone)]
 struct Told {
     samples: Sender<Sample>,
@@ -256,42 +281,42 @@ struct Told {
 }
 
 impl Told {
-    fn tell(&self, sample: Sample) {
+    fn begin(&self, key: Key) {
+        self.open.change(|open| open.insert(key));
+    }
+
+    fn tell(&self, key: Key, action: Action, ending: Ending) {
         // Who waits for it to end then finds it.
-        let _ = self.samples.send(sample);
-        self.open.change(|open| open.remove(&sample.due));
+        let _ = self.samples.send(Sample {
+            action,
+            due: key.0,
+            done: Micros::now(),
+            ending,
+        });
+        self.open.change(|open| open.remove(&key));
     }
 }
 
-/// Makes every request due at its moment.
-fn order(spec: &LoadSpec, end: &AtomicBool, orders: &Sender<Order>, told: &Told) {
-    let start = Micros::now();
-    let gap = Duration::from_secs_f64(1.0 / spec.rate.max(0.01));
-    let mut dice = Dice(1);
-    for number in 1_u32.. {
-        let due = start + gap * number;
-        loop {
-            if end.load(Ordering::Relaxed) {
-                return;
-            }
-            let left = due.since(Micros::now());
-            if left.is_zero() {
-                break;
-            }
-            std::thread::sleep(left.min(STEP));
-        }
-        let action = choose(spec.writes, dice.roll(), dice.roll());
-        let id = u64::from(dice.next());
-        told.open.change(|open| open.insert(due));
-        if orders.try_send(Order { action, due, id }).is_err() {
-            let (done, ending) = (Micros::now(), Ending::Lost);
-            told.tell(Sample {
-                action,
-                due,
-                done,
-                ending,
-            });
-        }
+/// One user's connection; one that broke is made anew for the next request.
+#[derive(Debug)]
+struct Line {
+    front: SocketAddrV4,
+    kept: Option<Client>,
+}
+
+impl Line {
+    fn ask(&mut self, action: Action, id: u64) -> Ending {
+        let mut attempt = || {
+            let mut client = match self.kept.take() {
+                Some(client) => client,
+                None => Client::connect(self.front, LIMIT)?,
+            };
+            let target = format!("/{}?id={id}", action.name());
+            let (ending, _) = client.ask(action.method(), &target)?;
+            self.kept = Some(client);
+            Ok::<_, std::io::Error>(ending)
+        };
+        attempt().unwrap_or(Ending::Lost)
     }
 }
 
@@ -304,54 +329,9 @@ fn choose(writes: f64, first: f64, second: f64) -> Action {
     }
 }
 
-/// Sends what is due over one connection.
-fn work(client: Client, front: SocketAddrV4, due: &Receiver<Order>, told: &Told) {
-    let mut kept = Some(client);
-    for Order { action, due, id } in due {
-        if told.abandoned.load(Ordering::Relaxed) {
-            return;
-        }
-        let target = format!("/{}?id={id}", action.name());
-        let mut attempt = || {
-            let mut client = match kept.take() {
-                Some(client) => client,
-                None => Client::connect(front, LIMIT)?,
-            };
-            let (ending, _) = client.ask(action.method(), &target)?;
-            kept = Some(client);
-            Ok::<_, std::io::Error>(ending)
-        };
-        let ending = attempt().unwrap_or(Ending::Lost);
-        let done = Micros::now();
-        told.tell(Sample {
-            action,
-            due,
-            done,
-            ending,
-        });
-    }
-}
-
-/// Numbers that are the same in every run (splitmix64).
-#[derive(Debug)]
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        u32::try_from((z ^ (z >> 31)) >> 32).unwrap_or(0)
-    }
-
-    fn roll(&mut self) -> f64 {
-        f64::from(self.next()) / (f64::from(u32::MAX) + 1.0)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::dice::Dice;
     use super::*;
 
     #[test]

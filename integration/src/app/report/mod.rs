@@ -1,5 +1,6 @@
 //! The report of `muster-testbed app`: text, JSON, a picture, and a page that holds all of it.
 
+mod more;
 mod page;
 mod picture;
 
@@ -10,13 +11,18 @@ use anyhow::{Context, Result};
 use coordinator::MoveReport;
 use serde::Serialize;
 
+use super::costs::{self, Cost};
 use super::feel::Feel;
 use super::load::Sample;
+use super::search::Search;
 use super::sla::Verdict;
+use super::spacing::Spacing;
+use super::wan_plan::Mark;
 use crate::clock::Micros;
+use crate::qemu::Accel;
 
 /// Version of the JSON form.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// How long one VM was away.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -29,21 +35,44 @@ pub struct Away {
     pub outside_s: f64,
 }
 
+/// A stream of a move's bytes at its pace, without a move.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Alone {
+    /// Its bytes.
+    pub bytes: u64,
+    /// How long it took, in seconds.
+    pub took_s: f64,
+    /// The 95th percentile of response times in the time that pre-copy took, in milliseconds.
+    pub p95_ms: f64,
+}
+
 /// One policy's run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Run {
     /// The policy.
     pub policy: String,
+    /// Its round, from 0.
+    pub round: u32,
+    /// Its load, in words.
+    pub load: String,
+    /// Whether every request ended that was due.
+    pub settled: bool,
     /// What the users felt.
     pub feel: Feel,
     /// Service levels.
     pub service_levels: Vec<Verdict>,
+    /// When the next move could begin.
+    pub spacing: Spacing,
     /// How long each VM was away.
     pub downtimes: Vec<Away>,
     /// Bytes over the WAN during the move, all together.
     pub wan_bytes: u64,
     /// Of these between VMs.
     pub wan_bytes_between_vms: u64,
+    /// How the WAN changed meanwhile.
+    pub wan_changes: Vec<Mark>,
+    /// The same stream without a move, if there was one.
+    pub dummy: Option<Alone>,
     /// The move as the coordinator reports it.
     pub movement: MoveReport,
     /// When the move began.
@@ -52,6 +81,17 @@ pub struct Run {
     /// Every request.
     #[serde(skip)]
     pub samples: Vec<Sample>,
+}
+
+impl Run {
+    /// Policy, and round from the second on.
+    #[must_use]
+    pub fn title(&self) -> String {
+        match self.round {
+            0 => self.policy.clone(),
+            round => format!("{} {}", self.policy, round + 1),
+        }
+    }
 }
 
 /// All runs, and what they were made with.
@@ -65,8 +105,15 @@ pub struct Report {
     pub setting: String,
     /// What a person should know before believing the figures.
     pub notices: Vec<String>,
+    /// How well each policy did, over all rounds.
+    pub costs: Vec<Cost>,
+    /// The search for a safe load, if there was one.
+    pub search: Option<Search>,
     /// In their order.
     pub runs: Vec<Run>,
+    /// Who executed the guests.
+    #[serde(skip)]
+    pub accel: Accel,
 }
 
 impl Report {
@@ -108,15 +155,35 @@ impl Report {
     }
 
     /// Tables by title; the first row of each names its columns.
-    fn tables(&self) -> [(&'static str, Vec<Vec<String>>); 3] {
-        [
+    fn tables(&self) -> Vec<(&'static str, Vec<Vec<String>>)> {
+        let mut tables = Vec::new();
+        if let Some(search) = &self.search {
+            let title = "Safe load: a move violates no service level";
+            tables.push((title, more::tries(search)));
+        }
+        if !self.costs.is_empty() {
+            tables.push(("How well it went", costs::table(&self.costs)));
+        }
+        tables.extend([
             ("What the users felt", self.felt()),
+            (
+                "Migration and application on one WAN: 95th percentile of response times",
+                more::shared(&self.runs),
+            ),
             (
                 "Service levels: worst percentile of any window, and windows in violation",
                 self.levels(),
             ),
+            (
+                "Spacing: from the move's end until the 90th percentile over the window is well",
+                more::spacings(&self.runs),
+            ),
             ("Downtime: by QEMU / by the users' pings", self.away()),
-        ]
+        ]);
+        if self.runs.iter().any(|run| !run.wan_changes.is_empty()) {
+            tables.push(("Changes of the WAN", more::changes(&self.runs)));
+        }
+        tables
     }
 
     fn felt(&self) -> Vec<Vec<String>> {
@@ -139,7 +206,7 @@ impl Report {
         for run in &self.runs {
             let (feel, movement) = (&run.feel, &run.movement);
             rows.push(vec![
-                run.policy.clone(),
+                run.title(),
                 format!("{:.1} ms", feel.before_ms),
                 format!("{:.1} ms", feel.during_ms),
                 format!("{:.2}×", feel.slowdown),
@@ -161,8 +228,8 @@ impl Report {
     fn levels(&self) -> Vec<Vec<String>> {
         let mut head = row(&["action", "limit"]);
         for run in &self.runs {
-            head.push(format!("{} p90", run.policy));
-            head.push(format!("{} p99", run.policy));
+            head.push(format!("{} p90", run.title()));
+            head.push(format!("{} p99", run.title()));
         }
         let mut rows = vec![head];
         let Some(first) = self.runs.first() else {
@@ -197,7 +264,7 @@ impl Report {
         }
         let mut rows = vec![head];
         for run in &self.runs {
-            let mut cells = vec![run.policy.clone()];
+            let mut cells = vec![run.title()];
             for away in &run.downtimes {
                 let inside = away
                     .inside_s

@@ -162,7 +162,7 @@ fn legend(svg: &mut String) {
 fn draw(svg: &mut String, run: &Run, axis: &Axis, top: f64) {
     let title = format!(
         "{}: {:.1} s, {:.1} ms before, {:.1} ms during the move, {} s degraded, {} failed",
-        run.policy,
+        run.title(),
         run.movement.total_s,
         run.feel.before_ms,
         run.feel.during_ms,
@@ -200,11 +200,24 @@ fn draw(svg: &mut String, run: &Run, axis: &Axis, top: f64) {
         svg,
         "<polyline points=\"{points}\" fill=\"none\" stroke=\"{MEAN}\" stroke-width=\"1.8\"/>"
     );
+    for mark in &run.wan_changes {
+        change(svg, axis.x(mark.at_s), top + TITLE, &mark.what);
+    }
     answers(svg, run, axis, foot + STRIP);
     for (index, vm) in (0_u32..).zip(&run.movement.vms) {
         let y = foot + STRIP + 3.0 + LANE * f64::from(index);
         lane(svg, run, vm, axis, y);
     }
+}
+
+/// A change of the WAN.
+fn change(svg: &mut String, x: f64, top: f64, what: &str) {
+    let _ = writeln!(
+        svg,
+        "<line x1=\"{x:.1}\" y1=\"{top:.1}\" x2=\"{x:.1}\" y2=\"{:.1}\" stroke=\"{INK}\" stroke-dasharray=\"3 3\"/>",
+        top + CHART
+    );
+    text(svg, x + 4.0, top + 12.0, "font-size=\"10\"", what);
 }
 
 fn grid(svg: &mut String, axis: &Axis, foot: f64, top: f64) {
