@@ -177,7 +177,10 @@ impl<'a, R: Randomness> Conductor<'a, R> {
 
     /// An event from a sidecar.
     pub fn handle_event(&mut self, now: Duration, host: HostId, envelope: &Envelope) {
-        self.each(|group| group.handle_event(now, host, envelope));
+        // One that has ended still hears what was given back after its end.
+        for started in &mut self.started {
+            started.group.handle_event(now, host, envelope);
+        }
         if matches!(envelope.event, Event::Status { .. }) {
             self.look_at_paths(now);
         }
@@ -442,7 +445,8 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 disks: self.disks.get(&id).cloned().unwrap_or_default(),
                 min_write_rate: app.vm(id).min_write_rate,
                 max_throttle: app.vm(id).max_throttle.unwrap_or(app.max_throttle),
-                profile: app.vm(id).profile,
+                balloon: app.balloon_of(id),
+                profile: app.moved_profile(app.vm(id)),
             })
             .collect();
         let spec = GroupSpec {

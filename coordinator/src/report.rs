@@ -194,8 +194,25 @@ pub struct VmMove {
     pub history: Vec<PhaseEntry>,
     /// STATUS reports over time.
     pub samples: Vec<Sample>,
+    /// What was done with its balloon; null: nothing was to be done.
+    pub balloon: Option<BalloonMove>,
+    /// Whether its guest told QEMU which pages are free, so that they were not sent.
+    pub free_page_hint: bool,
     /// What went wrong, if anything.
     pub error: Option<String>,
+}
+
+/// What was taken from a guest while it moved, and given back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct BalloonMove {
+    /// What it had before, in bytes; 0: that is not known.
+    pub before_bytes: u64,
+    /// What it had while it moved, in bytes; null: nothing was taken.
+    pub during_bytes: Option<u64>,
+    /// How long that took, before the copy of its memory began, in milliseconds.
+    pub took_ms: u64,
+    /// Whether it has got back what was taken.
+    pub given_back: bool,
 }
 
 fn rounds_and_details<S: Serializer>(rounds: &[RoundReport], to: S) -> Result<S::Ok, S::Error> {

@@ -2,13 +2,13 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use sidecar::relay::hello::{HELLO_BYTES, Hello};
+use sidecar::relay::hello::Hello;
 use sidecar::relay::return_path::AckGate;
 
 fuzz_target!(|pieces: Vec<Vec<u8>>| {
     let all = pieces.concat();
-    if let Some(bytes) = all.first_chunk::<HELLO_BYTES>() {
-        if let Ok(hello) = Hello::decode(bytes) {
+    if Hello::missing(&all) == 0 {
+        if let Ok(hello) = Hello::decode(&all) {
             assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
         }
     }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use crate::migration::balloon::Kept;
 use crate::protocol::command::Termination;
 use crate::protocol::types::Role;
 use crate::register::sync_directory;
@@ -57,6 +58,9 @@ pub struct NoteVm {
     /// Local disks that move with it (their block nodes).
     #[serde(default)]
     pub disks: Vec<String>,
+    /// What its balloon was before the move. A destination knows it when the memory comes.
+    #[serde(default)]
+    pub balloon: Option<Kept>,
     /// Destination: images that were made for it.
     #[serde(default)]
     pub created: Vec<PathBuf>,

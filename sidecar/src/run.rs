@@ -553,6 +553,10 @@ impl Run {
                     nodes.map(|disk| disk.node.clone()).collect()
                 }
             };
+            let balloon = match half {
+                VmHalf::Source(source) => source.balloon_kept().cloned(),
+                VmHalf::Destination(destination) => destination.balloon.clone(),
+            };
             let (role, released, was_running, originals) = match half {
                 VmHalf::Source(source) => (
                     Role::Source,
@@ -574,6 +578,7 @@ impl Run {
                 was_running,
                 originals,
                 disks,
+                balloon,
                 created: place.created,
                 process: place.process,
             }

@@ -24,6 +24,7 @@
 //! to = "b"
 //! ```
 
+mod balloon;
 mod control;
 mod mac;
 mod outline;
@@ -40,6 +41,7 @@ use sidecar::protocol::types::{Chain, CopyMode};
 use uuid::Uuid;
 
 use crate::capacity::Allowance;
+pub use balloon::Ballooning;
 pub use control::{ControlAddress, ParseControlAddressError};
 pub use mac::{Mac, NoMac};
 pub use outline::{Outline, OutlineHost, OutlineVm};
@@ -91,6 +93,9 @@ pub struct Application {
     pub report_interval: Duration,
     /// A guest's disk stands still no longer than this because of its copy, or the group goes back.
     pub disk_stall: Duration,
+    /// Whether what guests do not use is taken from them while they move, unless a VM says otherwise,
+    /// and how.
+    pub ballooning: Ballooning,
     /// multifd channels, 0 for none.
     pub multifd_channels: u8,
     /// How the streams go, unless a VM says otherwise.
@@ -159,6 +164,10 @@ pub struct Vm {
     pub disks: Vec<Disk>,
     /// Where they are not copied otherwise, its guest may be slowed to so many bytes per second to each.
     pub min_write_rate: Option<BytesPerSecond>,
+    /// Whether what its guest does not use is taken from it while it moves, where it says so itself.
+    pub balloon: Option<bool>,
+    /// What its guest keeps then beyond what it uses, where it says so itself.
+    pub balloon_reserve: Option<Bytes>,
     /// What is known of its memory and disk, for the planner.
     pub profile: VmProfile,
 }
@@ -180,6 +189,8 @@ pub struct Disk {
 pub struct VmProfile {
     /// Guest RAM.
     pub memory: Option<Bytes>,
+    /// What of it the guest uses.
+    pub used_memory: Option<Bytes>,
     /// Mean dirty rate.
     pub dirty_rate: Option<BytesPerSecond>,
     /// Highest dirty rate.

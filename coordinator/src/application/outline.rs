@@ -98,7 +98,7 @@ impl Outline {
             from: Some(vm.from),
             to: Some(vm.to),
             max_throttle: vm.max_throttle,
-            profile: vm.profile,
+            profile: app.moved_profile(vm),
         });
         Self {
             name: app.name.clone(),

@@ -312,6 +312,8 @@ fn read_vms(
             );
             problems.at(&reader.span, text);
         }
+        let balloon = reader.boolean(problems, "balloon");
+        let balloon_reserve = profile::read_balloon_reserve(&mut reader, problems);
         let profile = read_profile(&mut reader, problems);
         reader.finish(problems);
         vms.push(DraftVm {
@@ -320,6 +322,8 @@ fn read_vms(
             transport,
             disks,
             min_write_rate,
+            balloon,
+            balloon_reserve,
             known: OutlineVm {
                 name,
                 max_throttle,

@@ -274,6 +274,7 @@ fn prepare(spec: &GroupSpec, role: Role, host: HostId) -> PrepareArgs {
                 machine: member.machine.clone(),
                 transport: member.transport,
                 disks: member.disks.clone(),
+                balloon: member.balloon,
             })
             .collect(),
     }

@@ -64,7 +64,7 @@ impl GroupRun {
     }
 
     /// The VM of this name whose half of this role is on `host`.
-    fn index_at(&self, name: &str, role: Role, host: HostId) -> Option<usize> {
+    pub(super) fn index_at(&self, name: &str, role: Role, host: HostId) -> Option<usize> {
         self.vms.iter().position(|vm| {
             let here = match role {
                 Role::Source => vm.member.from,
@@ -284,6 +284,7 @@ impl GroupRun {
             return;
         }
         self.vms[index].measure(at_us, report);
+        self.note_balloon(index, report);
         self.next_start = None;
         let role = report.role;
         let vm = report.vm.clone();

@@ -231,6 +231,9 @@ impl GroupRun {
 
     /// An event from the sidecar of `host`. Events of other runs are ignored.
     pub fn handle_event(&mut self, now: Duration, host: HostId, envelope: &Envelope) {
+        if envelope.run == self.spec.run && self.stage == Stage::Ended {
+            self.hear_last_words(host, envelope);
+        }
         if envelope.run != self.spec.run || matches!(self.stage, Stage::New | Stage::Ended) {
             return;
         }

@@ -11,7 +11,7 @@ use sidecar::protocol::types::{
 use super::Member;
 use super::throttle::Throttle;
 use crate::application::VmId;
-use crate::report::Sample;
+use crate::report::{BalloonMove, Sample};
 use crate::scheduler::{self, allot::Moving};
 
 /// At most so many samples are kept per VM; beyond it every second one is dropped.
@@ -99,6 +99,9 @@ pub(super) struct VmRun {
     pub remaining_at_release: Option<u64>,
     pub stopped_at_us: Option<i64>,
     pub resumed_at_us: Option<i64>,
+    /// What was done with its balloon.
+    pub balloon: Option<BalloonMove>,
+    pub free_page_hint: bool,
     pub error: Option<String>,
 }
 
@@ -175,6 +178,8 @@ impl VmRun {
             remaining_at_release: None,
             stopped_at_us: None,
             resumed_at_us: None,
+            balloon: None,
+            free_page_hint: false,
             error: None,
         }
     }

@@ -22,6 +22,7 @@
 //!   (`stages.rs`) waits without one for its turn: that comes when those before it have ended.
 
 mod advance;
+mod balloon;
 mod brake;
 mod events;
 mod group;
@@ -41,7 +42,7 @@ use std::fmt;
 use std::time::Duration;
 
 use rate_limiter::BytesPerSecond;
-use sidecar::protocol::command::{Command, PrepareDisk, Termination};
+use sidecar::protocol::command::{Command, PrepareBalloon, PrepareDisk, Termination};
 use sidecar::protocol::types::{Decision, Transport};
 use uuid::Uuid;
 
@@ -104,6 +105,8 @@ pub struct Member {
     pub min_write_rate: Option<BytesPerSecond>,
     /// How much its vCPUs may be slowed at most, in percent.
     pub max_throttle: u8,
+    /// How it is ballooned, if it is.
+    pub balloon: Option<PrepareBalloon>,
     /// What is known of its load beforehand.
     pub profile: VmProfile,
 }

@@ -75,6 +75,8 @@ fn vm_move(vm: &VmRun, host_name: &impl Fn(HostId) -> String) -> VmMove {
         resumed_at_us: vm.resumed_at_us,
         history: vm.history.clone(),
         samples: vm.samples.clone(),
+        balloon: vm.balloon,
+        free_page_hint: vm.free_page_hint,
         error: vm.error.clone(),
     }
 }

@@ -295,6 +295,12 @@ fn judge_vm(app: &Application, hold: bool, facts: &Facts, id: VmId, verdict: &mu
         Some(Ok(host)) => host.vms.iter().find(|entry| entry.vm == vm.name),
         _ => None,
     };
+    if app.balloon_of(id).is_some() && info.has_balloon == Some(false) {
+        verdict.notes.push(format!(
+            "VM {} at {from}: it has no virtio-balloon device; all its memory is copied",
+            vm.name
+        ));
+    }
     disks::judge(app, info, there, id, verdict);
     let found = transport::Found {
         source: info.qemu_build,

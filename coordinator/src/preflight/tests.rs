@@ -50,6 +50,7 @@ fn host(name: &str) -> HostFacts {
 
 fn vm(uuid: u128) -> VmInfo {
     VmInfo {
+        has_balloon: None,
         disks: Vec::new(),
         vm: String::new(),
         uuid: Uuid::from_u128(uuid),

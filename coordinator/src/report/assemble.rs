@@ -44,6 +44,11 @@ pub fn assemble(
             }
         }
         notices.extend(group.group.notices().iter().cloned());
+        notices.extend(group.group.not_given_back().map(|vm| {
+            format!(
+                "{vm}: what was taken from its guest is not given back yet; its sidecar goes on trying"
+            )
+        }));
         reason = reason.or_else(|| group.group.reason().map(str::to_owned));
     }
     let begun = times.started_at_us.unwrap_or(times.ended_at_us);
@@ -67,7 +72,11 @@ pub fn assemble(
         vms: &vms,
         groups: &groups,
     };
-    let memory: Vec<Bytes> = vms.iter().map(|vm| Bytes(vm.memory_bytes)).collect();
+    let left = |vm: &VmMove| vm.balloon.and_then(|balloon| balloon.during_bytes);
+    let memory: Vec<Bytes> = vms
+        .iter()
+        .map(|vm| Bytes(left(vm).unwrap_or(vm.memory_bytes)))
+        .collect();
     let prediction = Prediction::beside(
         predict(app, policy, &memory),
         Some(&actual).filter(|_| outcome == Outcome::Committed),
@@ -119,6 +128,8 @@ fn at_home(app: &Application, id: VmId) -> VmMove {
         resumed_at_us: None,
         history: Vec::new(),
         samples: Vec::new(),
+        balloon: None,
+        free_page_hint: false,
         error: None,
     }
 }

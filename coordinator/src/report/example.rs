@@ -60,6 +60,8 @@ fn vm(
         resumed_at_us: Some(us(resume)),
         history,
         samples: Vec::new(),
+        balloon: None,
+        free_page_hint: false,
         error: None,
     }
 }

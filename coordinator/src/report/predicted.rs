@@ -62,7 +62,7 @@ impl Compared {
 }
 
 /// What `policy` is predicted to do with the application. `memory` is the VMs' guest memory, in the
-/// file's order, for those whose file does not name it; 0 where it is not known.
+/// file's order, for those whose file does not name it, or names more; 0 where it is not known.
 ///
 /// # Errors
 /// Why nothing can be predicted: the file does not say enough, or the VMs do not converge.
@@ -70,7 +70,10 @@ pub fn predict(app: &Application, policy: Policy, memory: &[Bytes]) -> Result<Pl
     let mut outline = app.outline();
     for (vm, found) in outline.vms.iter_mut().zip(memory) {
         let found = Some(*found).filter(|bytes| bytes.0 > 0);
-        vm.profile.memory = vm.profile.memory.or(found);
+        let known = vm.profile.memory;
+        // What was taken from a guest was not there to be sent.
+        let least = known.map(|known| found.map_or(known, |found| known.min(found)));
+        vm.profile.memory = least.or(found);
     }
     let one_line = |text: String| text.replace('\n', "; ");
     let inputs =

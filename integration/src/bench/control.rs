@@ -72,6 +72,7 @@ impl Driver {
         for (host, role) in [(to, Role::Destination), (from, Role::Source)] {
             let vm = PrepareVm {
                 disks: Vec::new(),
+                balloon: None,
                 vm: self.vm.clone(),
                 uuid: self.uuid,
                 token: self.token.clone(),

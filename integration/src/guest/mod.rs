@@ -9,7 +9,8 @@
 //! ([`check`](check::check)): a page that a migration lost shows an old number.
 //!
 //! A guest with a disk writes numbered blocks to it in the same way, and counts those that the disk
-//! has acknowledged ([`disk`]).
+//! has acknowledged ([`disk`]). A guest with a balloon gives the RAM behind its working set, and tags
+//! what comes back as on its first day: it can be checked again when all has come back.
 
 pub mod check;
 mod spec;
@@ -36,7 +37,7 @@ pub const TICK_PORT: u16 = 0xe9;
 const PIT_HZ: u32 = 1_193_182;
 
 /// How many parameters there are.
-pub const PARAMS: usize = 10;
+pub const PARAMS: usize = 11;
 
 /// What is written over the first words of the guest's code, in the order of rom.S.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +62,8 @@ pub struct Params {
     pub disk_blocks: u32,
     /// Disk writes per tick, as a 16.16 fixed-point number, at most one.
     pub disk_rate: u32,
+    /// 1: it has a balloon, 0: it has none.
+    pub balloon: u32,
 }
 
 impl Params {
@@ -78,6 +81,7 @@ impl Params {
             self.divisor,
             self.disk_blocks,
             self.disk_rate,
+            self.balloon,
         ]
     }
 

@@ -25,6 +25,7 @@
 .set D_BLOCK,  CONTROL + 44     # block of the next disk write
 .set D_OWED,   CONTROL + 48     # 16.16 fraction of a disk write owed
 .set D_FAILED, CONTROL + 52     # disk writes that failed, and were begun again
+.set B_TAKEN,  CONTROL + 56     # pages in the balloon: the last ones of its RAM
 .set PARAMS,   CONTROL + 64     # copy of the parameters
 .set P_END,    PARAMS + 0       # first page number behind RAM
 .set P_BASE,   PARAMS + 4       # first page of the working set
@@ -36,10 +37,19 @@
 .set P_PIT,    PARAMS + 28      # divisor of 1 193 182 Hz
 .set P_BLOCKS, PARAMS + 32      # 4 KiB blocks of the disk; 0: there is none
 .set P_DRATE,  PARAMS + 36      # disk writes per tick, 16.16; at most one
-.set P_COUNT,  10
+.set P_BALLOON, PARAMS + 40     # 1: there is a virtio-balloon device at 0:5.0
+.set P_COUNT,  11
 .set PRD,      0x1800           # where the disk finds it
 .set BUFFER,   0x2000           # a block on its way to the disk
 .set BM,       0xc000           # the bus master's registers
+.set PFNS,     0x3000           # numbers of the pages that go into the balloon
+.set STATS,    0x3800           # what is told of the memory
+.set INFLATE,  0x10000          # virtqueue 0: descriptors, available ring, used ring
+.set STATQ,    0x20000          # virtqueue 2
+.set AVAIL,    0x1900           # where in a queue its available ring is,
+.set USED,     0x1904           # and its used one
+.set VB,       0xc100           # the balloon's registers (legacy virtio)
+.set AT_ONCE,  256              # pages that change hands in a tick
 .set FIRST,    256              # first tagged page: RAM above 1 MiB
 .set STACK,    0x0c00
 
@@ -180,6 +190,66 @@ rom_entry:
     movl $PRD, %eax
     outl %eax, %dx
 1:
+    # The balloon: no interrupts; of its features the statistics.
+    cmpl $0, P_BALLOON
+    je 1f
+    movw $0xcf8, %dx
+    movl $0x80002810, %eax
+    outl %eax, %dx
+    movw $0xcfc, %dx
+    movl $(VB | 1), %eax
+    outl %eax, %dx
+    movw $0xcf8, %dx
+    movl $0x80002804, %eax
+    outl %eax, %dx
+    movw $0xcfc, %dx
+    movw $5, %ax
+    outw %ax, %dx
+    movw $(VB + 18), %dx
+    xorb %al, %al
+    outb %al, %dx
+    movb $3, %al                        # acknowledged, with a driver
+    outb %al, %dx
+    movw $(VB + 4), %dx
+    movl $2, %eax
+    outl %eax, %dx
+    movw $(VB + 14), %dx
+    xorw %ax, %ax
+    outw %ax, %dx
+    movw $(VB + 8), %dx
+    movl $(INFLATE >> 12), %eax
+    outl %eax, %dx
+    movw $(VB + 14), %dx
+    movw $2, %ax
+    outw %ax, %dx
+    movw $(VB + 8), %dx
+    movl $(STATQ >> 12), %eax
+    outl %eax, %dx
+    movw $(VB + 12), %dx
+    xorl %eax, %eax
+    inw %dx, %ax                        # how long the queues are
+    shll $4, %eax
+    movl %eax, AVAIL
+    movl %eax, %edx
+    shrl $3, %edx
+    leal 4096 + 5(%eax, %edx), %eax
+    andl $0xfffff000, %eax
+    movl %eax, USED
+    pushl %edi
+    movl $INFLATE, %edi
+    movl $PFNS, (%edi)
+    addl AVAIL, %edi
+    movw $1, (%edi)
+    movl $STATQ, %edi
+    movl $STATS, (%edi)
+    movl $20, 8(%edi)
+    addl AVAIL, %edi
+    movw $1, (%edi)
+    popl %edi
+    movw $(VB + 18), %dx
+    movb $7, %al
+    outb %al, %dx
+1:
     # PIT channel 0, mode 2.
     movb $0x34, %al
     outb %al, $0x43
@@ -203,6 +273,9 @@ rom_tick:
     cmpl $0, P_BLOCKS
     je 1f
     call rom_disk
+1:  cmpl $0, P_BALLOON
+    je 1f
+    call rom_balloon
 1:  cmpl $0, P_OFF
     je rom_write
     decl LEFT
@@ -337,6 +410,96 @@ rom_disk:
     outb %al, %dx                       # start
     popl %ecx
 9:  ret
+
+# The balloon: one request at a time, from the end of RAM down to the working set. A page that comes
+# back is tagged anew, as one that was never written.
+rom_balloon:
+    pushal
+    movl AVAIL, %esi
+    movl USED, %edi
+    movw STATQ + 2(%edi), %ax
+    cmpw STATQ + 2(%esi), %ax
+    jne 1f
+    call rom_stats                      # the host wants new ones
+1:  movw INFLATE + 2(%edi), %ax
+    cmpw INFLATE + 2(%esi), %ax
+    jne 9f                              # not taken yet
+    movw $(VB + 20), %dx
+    inl %dx, %eax                       # so many pages it is to have
+    movl B_TAKEN, %ecx
+    cmpl %ecx, %eax
+    je 9f
+    jb 5f
+    subl %ecx, %eax
+    cmpl $AT_ONCE, %eax
+    jbe 2f
+    movl $AT_ONCE, %eax
+2:  movl P_END, %ebx
+    subl %ecx, %ebx
+    movl %ebx, %edx
+    subl P_BASE, %edx
+    subl P_PAGES, %edx
+    cmpl %edx, %eax
+    jbe 3f
+    movl %edx, %eax
+3:  testl %eax, %eax
+    jz 9f
+    addl %eax, B_TAKEN
+    movl %eax, %ecx
+    shll $2, %eax
+    movl $INFLATE, %edi
+    movl %eax, 8(%edi)
+    movl $PFNS, %edi
+4:  decl %ebx
+    movl %ebx, (%edi)
+    addl $4, %edi
+    decl %ecx
+    jnz 4b
+    incw INFLATE + 2(%esi)
+    movw $(VB + 16), %dx
+    xorw %ax, %ax
+    outw %ax, %dx
+    jmp 8f
+5:  subl %eax, %ecx
+    cmpl $AT_ONCE, %ecx
+    jbe 6f
+    movl $AT_ONCE, %ecx
+6:  movl P_END, %ebx
+    subl B_TAKEN, %ebx
+    subl %ecx, B_TAKEN
+7:  movl %ebx, %edi
+    shll $12, %edi
+    movl $0, (%edi)
+    movl %ebx, %edx
+    xorl $TAG, %edx
+    movl %edx, 4(%edi)
+    incl %ebx
+    decl %ecx
+    jnz 7b
+8:  movw $(VB + 24), %dx
+    movl B_TAKEN, %eax
+    outl %eax, %dx
+9:  popal
+    ret
+
+# Total and available memory: all that is not in the balloon, and of that what it never writes.
+rom_stats:
+    movl P_END, %eax
+    subl B_TAKEN, %eax
+    movl %eax, %edx
+    subl P_BASE, %edx
+    subl P_PAGES, %edx
+    shll $12, %eax
+    shll $12, %edx
+    movw $5, STATS
+    movl %eax, STATS + 2
+    movw $6, STATS + 10
+    movl %edx, STATS + 12
+    incw STATQ + 2(%esi)
+    movw $(VB + 16), %dx
+    movw $2, %ax
+    outw %ax, %dx
+    ret
 
     .org muster_rom_start + 0xff0, 0xf4
     .byte 0xea                          # ljmpw $0xf000, $rom_entry

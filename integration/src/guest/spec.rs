@@ -60,6 +60,8 @@ pub struct GuestSpec {
     pub disk: Option<DiskSpec>,
     /// Further disks, which it does not write.
     pub idle: Vec<IdleDisk>,
+    /// Whether it has a balloon.
+    pub balloon: bool,
 }
 
 /// A guest's disk: it writes block after block, round and round.
@@ -244,6 +246,7 @@ impl GuestSpec {
         Ok(Params {
             disk_blocks,
             disk_rate,
+            balloon: u32::from(self.balloon),
             end_page,
             base_page: WORKING_SET_PAGE,
             pages,
@@ -325,6 +328,7 @@ impl FromStr for GuestSpec {
             on_off: None,
             disk: None,
             idle: Vec::new(),
+            balloon: false,
         };
         spec.params()?;
         Ok(spec)

@@ -125,6 +125,9 @@ impl Lab {
                 quoted(to)
             );
             text += &profile(guest);
+            if guest.balloon {
+                text += "balloon = true\nballoon-reserve = \"8MiB\"\n";
+            }
             if let Some(least) = guest.disk.and_then(|disk| disk.least) {
                 let _ = writeln!(text, "min-write-rate = \"{}B/s\"", least.0);
             }

@@ -377,6 +377,12 @@ impl Launch {
             "-device",
             format!("isa-debugcon,iobase={TICK_PORT:#x},chardev=ticks"),
         );
+        if self.spec.balloon {
+            option(
+                "-device",
+                "virtio-balloon-pci,id=balloon0,addr=0x05,disable-modern=on".to_owned(),
+            );
+        }
         for (name, value) in self.disk_options(role) {
             option(name, value);
         }

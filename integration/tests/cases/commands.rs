@@ -16,7 +16,7 @@ use testbed::qemu::Accel;
 use super::LIMIT;
 use super::groups::{GUESTS, lab, spec};
 
-fn muster(arguments: &[&str], file: &Path) -> Result<Command> {
+pub fn muster(arguments: &[&str], file: &Path) -> Result<Command> {
     let mut command = Command::new(program("muster", "MUSTER")?);
     command.args(arguments).arg(file).stdin(Stdio::null());
     Ok(command)

@@ -2,6 +2,7 @@
 
 mod adapt;
 mod app;
+mod balloon;
 mod benches;
 mod comma;
 mod commands;
@@ -133,10 +134,16 @@ pub const PATCHED_CASES: &[(&str, GuestCase)] = &[
 ];
 
 /// The same, too costly to be run twice: under KVM only.
-pub const PATCHED_KVM_CASES: &[(&str, GuestCase)] = &[(
-    "no_write_is_lost_by_five_moves_and_five_that_are_taken_back",
-    disk_faults::nothing_is_lost,
-)];
+pub const PATCHED_KVM_CASES: &[(&str, GuestCase)] = &[
+    (
+        "no_write_is_lost_by_five_moves_and_five_that_are_taken_back",
+        disk_faults::nothing_is_lost,
+    ),
+    (
+        "what_a_guest_does_not_use_is_not_copied_and_comes_back",
+        balloon::given_and_given_back,
+    ),
+];
 
 pub const OTHER_CASES: &[(&str, OtherCase)] = &[
     ("an_accelerator_is_chosen_by_trying", guests::accelerator),

@@ -106,15 +106,21 @@ fn adopt_half(now: Now, vm: &NoteVm, settings: Settings) -> VmHalf {
                 vm.originals.clone(),
                 vm.was_running,
             );
-            VmHalf::Source(Box::new(source.with_adopted_disks(&vm.disks)))
+            let source = source.with_adopted_disks(&vm.disks);
+            VmHalf::Source(Box::new(source.with_adopted_balloon(vm.balloon.clone())))
         }
-        Role::Destination => VmHalf::Destination(Box::new(Destination::adopt(
-            now,
-            name,
-            vm.uuid,
-            settings,
-            vm.was_running,
-            vm.originals.clone(),
-        ))),
+        Role::Destination => {
+            let destination = Destination::adopt(
+                now,
+                name,
+                vm.uuid,
+                settings,
+                vm.was_running,
+                vm.originals.clone(),
+            );
+            VmHalf::Destination(Box::new(
+                destination.with_adopted_balloon(vm.balloon.clone()),
+            ))
+        }
     }
 }

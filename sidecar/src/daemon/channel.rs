@@ -128,7 +128,7 @@ impl Channel {
         disk_stall: Duration,
     ) -> Self {
         let state = State::Greeting {
-            hello: hello.encode().to_vec(),
+            hello: hello.encode(),
             by: now + HELLO_DEADLINE,
         };
         let mut channel = Self::new(Role::Source, peer, state);
@@ -393,17 +393,17 @@ impl Channel {
                     return Step::Broken("no hello within 2 s".into());
                 }
                 let mut rest = [0; HELLO_BYTES];
-                let missing = HELLO_BYTES - hello.len();
+                let missing = Hello::missing(hello);
                 match read_some(&mut self.peer.socket, &mut rest[..missing]) {
                     Moved::Bytes(n) => hello.extend_from_slice(&rest[..n]),
                     Moved::Blocked => return Step::Fine,
                     Moved::End => return Step::Broken("hung up before its hello".into()),
                     Moved::Broken(error) => return broken("a stream connection", &error),
                 }
-                let Ok(bytes) = <&[u8; HELLO_BYTES]>::try_from(hello.as_slice()) else {
+                if Hello::missing(hello) > 0 {
                     return Step::More;
-                };
-                match Hello::decode(bytes) {
+                }
+                match Hello::decode(hello) {
                     Ok(hello) => Step::Hello(hello),
                     Err(answer) => {
                         self.refuse(answer);

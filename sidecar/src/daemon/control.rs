@@ -14,7 +14,7 @@ use crate::migration::destination::Destination;
 use crate::migration::source::{Settings, Source};
 use crate::protocol::codec::{CommandError, Request};
 use crate::protocol::command::{
-    Command, DecideArgs, PrepareArgs, PrepareVm, RecoverArgs, StartArgs, VmArgs,
+    Command, DecideArgs, PrepareArgs, PrepareBalloon, PrepareVm, RecoverArgs, StartArgs, VmArgs,
 };
 use crate::protocol::types::{RecordKey, RecordValue, Role, Transport};
 use crate::relay::hello::Token as StreamToken;
@@ -26,6 +26,9 @@ const MAX_VMS: usize = 256;
 const MAX_SCHEDULED: usize = 256;
 /// Local disks of a VM.
 const MAX_DISKS: usize = 16;
+/// What a ballooned guest keeps beyond what it uses, in bytes.
+const MIN_RESERVE: u64 = 1 << 20;
+const MAX_RESERVE: u64 = 1 << 40;
 /// How far ahead that time may be.
 const MAX_AHEAD: Duration = Duration::from_secs(86_400);
 
@@ -372,6 +375,7 @@ impl Daemon {
         }
         for vm in &args.vms {
             check_disks(args, vm)?;
+            check_balloon(vm)?;
             if StreamToken::from_hex(&vm.token).is_none() {
                 return refuse(format!("VM `{}`: `token` is 64 hexadecimal digits", vm.vm));
             }
@@ -444,6 +448,7 @@ impl Daemon {
                 let source = Source::new(now, vm.vm.clone(), vm.uuid, settings);
                 let has_hook = !self.config.hooks.before_switchover.is_empty();
                 let source = source.with_disks(&vm.disks).with_hook(has_hook);
+                let source = source.with_balloon(vm.balloon);
                 VmHalf::Source(Box::new(source))
             }
             Role::Destination => VmHalf::Destination(Box::new(Destination::new(
@@ -535,6 +540,21 @@ impl Daemon {
         }
         Ok(json!({}))
     }
+}
+
+fn check_balloon(vm: &PrepareVm) -> Result<(), CommandError> {
+    let good = |balloon: PrepareBalloon| {
+        (MIN_RESERVE..=MAX_RESERVE).contains(&balloon.reserve_bytes)
+            && (100..=60_000).contains(&balloon.wait_ms)
+    };
+    if vm.balloon.is_some_and(|balloon| !good(balloon)) {
+        let name = &vm.vm;
+        return refuse(format!(
+            "VM `{name}`: `balloon` has a `reserve_bytes` of 1 MiB to 1 TiB and a `wait_ms` of 100 to \
+             60000"
+        ));
+    }
+    Ok(())
 }
 
 fn check_disks(args: &PrepareArgs, vm: &PrepareVm) -> Result<(), CommandError> {

@@ -158,6 +158,7 @@ impl Daemon {
             vm: source.half.uuid,
             channel,
             guest_runs: source.was_running,
+            balloon_bytes: source.taken_from(),
             token: io.token,
         };
         let connected = io
@@ -176,7 +177,7 @@ impl Daemon {
                 io.direct.opening = Some(Opening {
                     token,
                     socket,
-                    hello: hello.encode().to_vec(),
+                    hello: hello.encode(),
                     channel,
                     by: now.mono + HELLO_DEADLINE,
                 });
@@ -276,8 +277,7 @@ impl Daemon {
         let Some(destination) = entry.run.halves[key.1].destination_mut() else {
             return;
         };
-        let changed = destination.was_running != hello.guest_runs;
-        destination.was_running = hello.guest_runs;
+        let changed = destination.greeted(hello);
         if !destination.stream_connected(now) {
             self.break_direct(key, "its QEMU does not wait for a stream");
             return;

@@ -459,6 +459,10 @@ impl Daemon {
                     Output::CutStream => self.cut_stream(key),
                     Output::OpenAckGate => self.open_gate(key),
                     Output::Unpace => self.unpace(now, key),
+                    Output::Alarm(text) => {
+                        log(&text);
+                        self.alarms.push(text);
+                    }
                     Output::SaveNote => {
                         let number = self.save_note(run);
                         if let Some(entry) = self.runs.get_mut(&run) {

@@ -121,6 +121,7 @@ pub(super) fn vm_info(vm: &str, identity: &Identity) -> VmInfo {
             || identity.build() == QemuBuild::Patched,
         qemu_build: identity.build(),
         disks: identity.disks.clone(),
+        has_balloon: Some(identity.balloon.is_some()),
     }
 }
 

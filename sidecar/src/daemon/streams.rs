@@ -115,6 +115,10 @@ impl Daemon {
                 VmHalf::Source(source) => source.was_running,
                 VmHalf::Destination(destination) => destination.was_running,
             },
+            balloon_bytes: match half {
+                VmHalf::Source(source) => source.taken_from(),
+                VmHalf::Destination(_) => None,
+            },
             token: io.token,
         };
         let held_here = matches!(half, VmHalf::Source(source) if source.is_held_by_relay());
@@ -208,8 +212,7 @@ impl Daemon {
         entry.io[index].channels.push(id);
         let mut changed = false;
         if let Some(destination) = entry.run.halves[index].destination_mut() {
-            changed = destination.was_running != hello.guest_runs;
-            destination.was_running = hello.guest_runs;
+            changed = destination.greeted(hello);
         }
         if let Some(channel) = self.channels.get_mut(&id) {
             channel.accept(key, End::new(token, socket), is_disk);

@@ -11,12 +11,15 @@
 //! Local disks come over NBD while it waits: PREPARED is told when they can, and a VM whose NBD server
 //! still runs when its memory is complete has not arrived.
 
+mod balloon;
 mod setup;
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::balloon::give_back::GiveBack;
+use super::balloon::{self as ballooning, Kept};
 use super::disks::destination::{self as export, Exports};
 use super::identity::{Identity, Question};
 use super::source::Settings;
@@ -68,6 +71,8 @@ pub enum Tag {
     Quit,
     /// One of the commands of the disks' exports.
     Disk(export::Tag),
+    /// One of the balloon's commands.
+    Balloon(ballooning::Tag),
 }
 
 /// Where an incoming VM is to be.
@@ -113,6 +118,9 @@ pub struct Destination {
     pub originals: Option<(Value, Value)>,
     tidying: u8,
     exports: Exports,
+    /// What its guest's balloon was at the source, where memory was taken from it.
+    pub balloon: Option<Kept>,
+    give_back: GiveBack,
 }
 
 impl Destination {
@@ -149,6 +157,8 @@ impl Destination {
             originals: None,
             tidying: 0,
             exports,
+            balloon: None,
+            give_back: GiveBack::default(),
         }
     }
 
@@ -188,6 +198,7 @@ impl Destination {
     pub fn report(&self) -> VmReport {
         VmReport {
             qemu_build: self.identity.build(),
+            balloon: self.balloon_report(),
             ..self.half.report()
         }
     }
@@ -260,6 +271,7 @@ impl Destination {
         self.qmp = None;
         self.reconnect_at = None;
         self.next_ask = None;
+        self.give_back.abandon();
         if self.half.phase().is_final() {
             return;
         }
@@ -309,7 +321,9 @@ impl Destination {
                     self.half.put(Output::Kill);
                 }
             }
-            Next::End(end) if self.tidying == 0 => self.half.end(now, end),
+            Next::End(end) if self.tidying == 0 && self.give_back.is_settled() => {
+                self.half.end(now, end)
+            }
             _ => {}
         }
     }
@@ -336,6 +350,7 @@ impl Destination {
             } => match tag {
                 Tag::Tidy => self.tidied(),
                 Tag::Quit | Tag::Health => {}
+                Tag::Balloon(_) => self.give_back.refused(now.mono, &error),
                 Tag::Disk(tag) => {
                     self.exports.refused(tag, &error);
                     self.drive_disks(now);
@@ -399,7 +414,8 @@ impl Destination {
                 _ => self.next_ask = Some((now.mono + SETTLE, Tag::Runs)),
             },
             Tag::Tidy => self.tidied(),
-            Tag::Handover | Tag::Health | Tag::Quit => {}
+            Tag::Balloon(ballooning::Tag::Back) => self.give_back.replied(),
+            Tag::Balloon(_) | Tag::Handover | Tag::Health | Tag::Quit => {}
         }
     }
 
@@ -475,6 +491,7 @@ impl Destination {
         if self.qmp.is_none() {
             self.tidying = 0;
         }
+        self.give_back(now);
     }
 
     /// When [`Self::tick`] wants to be called.
@@ -486,7 +503,8 @@ impl Destination {
             .filter(|_| !self.hung)
             .and_then(QmpClient::deadline);
         let ask = self.next_ask.map(|(at, _)| at);
-        [qmp, ask, self.reconnect_at, self.kill_by]
+        let balloon = self.give_back.deadline();
+        [qmp, ask, self.reconnect_at, self.kill_by, balloon]
             .into_iter()
             .flatten()
             .min()
@@ -500,6 +518,7 @@ impl Destination {
                 self.send(now, tag, "query-status", Value::Null);
             }
         }
+        self.tick_balloon(now);
         if self.reconnect_at.is_some_and(|at| at <= now.mono) {
             self.reconnect_at = None;
             self.half.put(Output::ConnectQmp);

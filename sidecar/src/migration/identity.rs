@@ -3,11 +3,14 @@
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::balloon::find_device;
 use super::disks::read_nodes;
 use crate::protocol::types::{DiskInfo, QemuBuild};
 
 /// The capability by which a patched QEMU is known.
 pub const HOLD_CAPABILITY: &str = "switchover-hold";
+const DEVICES: &str = "/machine/peripheral";
+const ANONYMOUS_DEVICES: &str = "/machine/peripheral-anon";
 
 /// The questions of an identification, in the order they are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,11 +33,15 @@ pub enum Question {
     Kvm,
     /// `query-named-block-nodes`.
     Disks,
+    /// `qom-list` of the devices that have a name …
+    Devices,
+    /// … and of those that have none.
+    AnonymousDevices,
 }
 
 impl Question {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Uuid,
         Self::Status,
         Self::Migration,
@@ -44,6 +51,8 @@ impl Question {
         Self::Machine,
         Self::Kvm,
         Self::Disks,
+        Self::Devices,
+        Self::AnonymousDevices,
     ];
 
     /// The QMP command and its arguments.
@@ -58,6 +67,8 @@ impl Question {
             Self::Memory => ("query-memory-size-summary", Value::Null),
             Self::Kvm => ("query-kvm", Value::Null),
             Self::Disks => ("query-named-block-nodes", json!({"flat": true})),
+            Self::Devices => ("qom-list", json!({"path": DEVICES})),
+            Self::AnonymousDevices => ("qom-list", json!({"path": ANONYMOUS_DEVICES})),
             Self::Machine => ("qom-get", json!({"path": "/machine", "property": "type"})),
         }
     }
@@ -80,6 +91,8 @@ pub struct Identity {
     pub kvm: bool,
     /// Block nodes with a name of their own.
     pub disks: Vec<DiskInfo>,
+    /// Its virtio-balloon device, if it has one: the path in QEMU's object model.
+    pub balloon: Option<String>,
     /// QEMU's version, such as `10.0.2`.
     pub version: String,
     capabilities: Vec<(String, bool)>,
@@ -130,6 +143,11 @@ impl Identity {
                     + value["plugged-memory"].as_u64().unwrap_or(0);
             }
             Question::Disks => self.disks = read_nodes(value),
+            Question::Devices => self.balloon = find_device(DEVICES, value),
+            Question::AnonymousDevices => {
+                let found = find_device(ANONYMOUS_DEVICES, value);
+                self.balloon = self.balloon.take().or(found);
+            }
             Question::Kvm => self.kvm = value["enabled"].as_bool().unwrap_or(false),
             Question::Machine => {
                 self.machine = text(value).trim_end_matches("-machine").to_owned();

@@ -7,6 +7,7 @@
 //! [`QmpClient`]: crate::qmp::QmpClient
 //! [`Next`]: crate::commit::Next
 
+pub mod balloon;
 pub mod destination;
 pub mod disks;
 pub mod identity;
@@ -63,6 +64,8 @@ pub enum Output {
     RunHook,
     /// Write the run's note to disk and answer with `note_saved`.
     SaveNote,
+    /// A person has something to do: keep it where the operator looks.
+    Alarm(String),
 }
 
 /// What both halves have in common: who it is, where it stands, what is to be told.

@@ -85,6 +85,19 @@ pub struct PrepareVm {
     /// Local disks that move with it; the same at both ends. Since 1.4.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<PrepareDisk>,
+    /// What the guest does not use is taken from it while it moves; the same at both ends. Since 1.6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<PrepareBalloon>,
+}
+
+/// How a VM is ballooned, in `prepare`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareBalloon {
+    /// What the guest keeps beyond what it uses, in bytes.
+    pub reserve_bytes: u64,
+    /// How long it may take before the memory is copied, in ms.
+    pub wait_ms: u64,
 }
 
 /// One local disk in `prepare`.

@@ -287,6 +287,13 @@ pub struct VmReport {
     /// Local disks that move with it (source). Since 1.4.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskReport>,
+    /// What was done with its balloon, where that was asked for. Since 1.6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonReport>,
+    /// Whether its guest tells QEMU which pages are free, so that they are not sent (source). Since
+    /// 1.6.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub free_page_hint: bool,
     /// What went wrong, if anything.
     pub error: Option<String>,
 }
@@ -317,9 +324,27 @@ impl VmReport {
             resumed_at_us: None,
             rounds: Vec::new(),
             disks: Vec::new(),
+            balloon: None,
+            free_page_hint: false,
             error: None,
         }
     }
+}
+
+/// What was done with a VM's balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BalloonReport {
+    /// What it left to the guest before the move, in bytes; 0 while unknown.
+    pub before_bytes: u64,
+    /// What it left to it during the move (source); null: it was not ballooned.
+    pub during_bytes: Option<u64>,
+    /// How long that took, before the copy of its memory began, in milliseconds.
+    pub took_ms: u64,
+    /// Whether this half has given back what was taken: the source after an abort, the destination
+    /// after a commit.
+    pub given_back: bool,
+    /// What a person should know: why it was not ballooned, or not given back.
+    pub notice: Option<String>,
 }
 
 /// How far the copy of a local disk is.
@@ -379,6 +404,9 @@ pub struct VmInfo {
     /// Its block nodes with a name of their own. Since 1.4.
     #[serde(default)]
     pub disks: Vec<DiskInfo>,
+    /// Whether it has a virtio-balloon device; null from sidecars before 1.6, which do not say.
+    #[serde(default)]
+    pub has_balloon: Option<bool>,
 }
 
 /// A block node of a VM.

@@ -3,10 +3,14 @@
 use uuid::Uuid;
 
 const MAGIC: u32 = 0x4d55_5354;
+/// What every sidecar knows.
 const VERSION: u16 = 1;
+/// With the balloon's size behind it: said only where there is one to give back.
+const WITH_BALLOON: u16 = 2;
 
-/// Length of an encoded hello.
-pub const HELLO_BYTES: usize = 4 + 2 + 2 + 16 + 16 + 32 + 1;
+const PLAIN_BYTES: usize = 4 + 2 + 2 + 16 + 16 + 32 + 1;
+/// Length of the longest encoded hello.
+pub const HELLO_BYTES: usize = PLAIN_BYTES + 8;
 
 /// Channel of a connection that carries a local disk (NBD). multifd has at most 255.
 pub const DISK_CHANNEL: u16 = 0x8000;
@@ -63,6 +67,9 @@ pub struct Hello {
     pub channel: u16,
     /// Whether the guest runs at the source, and so is to run at the destination.
     pub guest_runs: bool,
+    /// What the guest's balloon is to be again once it runs at the destination, in bytes, where
+    /// memory was taken from it.
+    pub balloon_bytes: Option<u64>,
     /// See [`Token`].
     pub token: Token,
 }
@@ -114,38 +121,59 @@ impl Answer {
 impl Hello {
     /// As it stands on the wire.
     #[must_use]
-    pub fn encode(&self) -> [u8; HELLO_BYTES] {
-        let mut bytes = [0; HELLO_BYTES];
+    pub fn encode(&self) -> Vec<u8> {
+        let version = self.balloon_bytes.map_or(VERSION, |_| WITH_BALLOON);
+        let mut bytes = vec![0; PLAIN_BYTES];
         bytes[0..4].copy_from_slice(&MAGIC.to_be_bytes());
-        bytes[4..6].copy_from_slice(&VERSION.to_be_bytes());
+        bytes[4..6].copy_from_slice(&version.to_be_bytes());
         bytes[6..8].copy_from_slice(&self.channel.to_be_bytes());
         bytes[8..24].copy_from_slice(self.run.as_bytes());
         bytes[24..40].copy_from_slice(self.vm.as_bytes());
         bytes[40..72].copy_from_slice(&self.token.0);
         bytes[72] = u8::from(self.guest_runs);
+        bytes.extend(
+            self.balloon_bytes
+                .iter()
+                .flat_map(|size| size.to_be_bytes()),
+        );
         bytes
     }
 
-    /// Reads it.
+    /// How many bytes of it are still to come.
+    #[must_use]
+    pub fn missing(bytes: &[u8]) -> usize {
+        let is_long = bytes.get(4..6) == Some(&WITH_BALLOON.to_be_bytes());
+        let whole = if is_long && bytes.len() >= PLAIN_BYTES {
+            HELLO_BYTES
+        } else {
+            PLAIN_BYTES
+        };
+        whole.saturating_sub(bytes.len())
+    }
+
+    /// Reads one of which nothing is [missing](Self::missing).
     ///
     /// # Errors
     /// The answer to give: the magic or the version is another.
-    pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, Answer> {
-        fn take<const N: usize>(bytes: &[u8; HELLO_BYTES], at: usize) -> [u8; N] {
-            std::array::from_fn(|i| bytes[at + i])
+    pub fn decode(bytes: &[u8]) -> Result<Self, Answer> {
+        fn take<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+            std::array::from_fn(|i| bytes.get(at + i).copied().unwrap_or(0))
         }
         if u32::from_be_bytes(take(bytes, 0)) != MAGIC {
             return Err(Answer::Unknown);
         }
-        if u16::from_be_bytes(take(bytes, 4)) != VERSION {
-            return Err(Answer::Version);
-        }
+        let balloon_bytes = match u16::from_be_bytes(take(bytes, 4)) {
+            VERSION => None,
+            WITH_BALLOON => Some(u64::from_be_bytes(take(bytes, PLAIN_BYTES))),
+            _ => return Err(Answer::Version),
+        };
         Ok(Self {
             channel: u16::from_be_bytes(take(bytes, 6)),
             run: Uuid::from_bytes(take(bytes, 8)),
             vm: Uuid::from_bytes(take(bytes, 24)),
             token: Token(take(bytes, 40)),
-            guest_runs: bytes[72] != 0,
+            guest_runs: take::<1>(bytes, PLAIN_BYTES - 1) != [0],
+            balloon_bytes,
         })
     }
 }
@@ -162,10 +190,20 @@ mod tests {
             vm: Uuid::from_u128(2),
             channel: 3,
             guest_runs: true,
+            balloon_bytes: None,
             token,
         };
+        let with_balloon = Hello {
+            balloon_bytes: Some(7 << 30),
+            ..hello
+        };
+        for hello in [hello, with_balloon] {
+            let bytes = hello.encode();
+            assert_eq!(Hello::decode(&bytes), Ok(hello));
+            assert_eq!(Hello::missing(&bytes), 0);
+            assert!((0..bytes.len()).all(|n| Hello::missing(&bytes[..n]) > 0));
+        }
         let mut bytes = hello.encode();
-        assert_eq!(Hello::decode(&bytes), Ok(hello));
         bytes[5] = 9;
         assert_eq!(Hello::decode(&bytes), Err(Answer::Version));
         bytes[0] = 0;

@@ -1,6 +1,7 @@
 //! Runs in virtual time: the real machines against a pretended QEMU and register. No sockets, no
 //! sleeps; time jumps to the next deadline.
 
+mod balloon;
 mod disks;
 mod patched;
 mod paused;

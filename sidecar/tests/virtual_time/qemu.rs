@@ -32,8 +32,78 @@ pub struct Qemu {
     pub targets: Vec<String>,
     /// Jobs that were told to end stay.
     pub jobs_stay: bool,
+    /// Its balloon, where it has one.
+    pub balloon: Option<Balloon>,
     said: Vec<u8>,
     clock_us: i64,
+}
+
+/// A virtio-balloon device with its guest; sizes in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Balloon {
+    /// What the guest has.
+    pub actual: u64,
+    /// What it is told to have.
+    pub target: u64,
+    /// How much changes hands between two looks.
+    pub step: u64,
+    /// What of 256 MiB the guest uses; none: it has no driver.
+    pub used: Option<u64>,
+    pub polling: u64,
+    /// It is told sizes and refuses them.
+    pub refuses: bool,
+}
+
+impl Balloon {
+    pub fn using(used: u64) -> Self {
+        Self {
+            actual: 256 * MIB,
+            target: 256 * MIB,
+            step: 256 * MIB,
+            used: Some(used),
+            polling: 0,
+            refuses: false,
+        }
+    }
+
+    fn get(&self, property: &str) -> Result<Value, String> {
+        Ok(match property {
+            "free-page-hint" => json!(true),
+            "guest-stats-polling-interval" => json!(self.polling),
+            "guest-stats" => {
+                let left = self
+                    .used
+                    .map_or(u64::MAX, |used| self.actual.saturating_sub(used));
+                // Before it is asked for new ones it has some from long ago.
+                let updated = match (self.used, self.polling) {
+                    (None, _) => 0,
+                    (_, 1) => 1_000_000,
+                    (Some(_), _) => 1,
+                };
+                json!({ "last-update": updated, "stats": {
+                    "stat-available-memory": left, "stat-free-memory": u64::MAX,
+                }})
+            }
+            _ => return Err(format!("Property '{property}' not found")),
+        })
+    }
+
+    fn obey(&mut self, name: &str, arguments: &Value) -> Result<Value, String> {
+        match name {
+            "qom-set" => self.polling = arguments["value"].as_u64().expect("seconds"),
+            "balloon" if self.refuses => return Err("it does not".into()),
+            "balloon" => self.target = arguments["value"].as_u64().expect("bytes"),
+            _ => {
+                let (least, most) = (
+                    self.actual.saturating_sub(self.step),
+                    self.actual + self.step,
+                );
+                self.actual = self.target.clamp(least, most);
+                return Ok(json!({ "actual": self.actual }));
+            }
+        }
+        Ok(json!({}))
+    }
 }
 
 const CAPABILITIES: [&str; 8] = [
@@ -87,6 +157,7 @@ impl Qemu {
             jobs: BTreeMap::new(),
             targets: Vec::new(),
             jobs_stay: false,
+            balloon: None,
             said: Vec::new(),
             clock_us: 1_000_000,
         };
@@ -160,7 +231,22 @@ impl Qemu {
             "query-uuid" => json!({ "UUID": self.uuid }),
             "query-status" => json!({ "status": self.status }),
             "query-memory-size-summary" => json!({ "base-memory": 256 * MIB }),
-            "qom-get" => json!("pc-i440fx-10.0-machine"),
+            "qom-get" if arguments["path"] == "/machine" => json!("pc-i440fx-10.0-machine"),
+            "qom-list" => match &self.balloon {
+                Some(_) if arguments["path"] == "/machine/peripheral" => {
+                    json!([{ "name": "balloon0", "type": "child<virtio-balloon-pci>" }])
+                }
+                _ => json!([]),
+            },
+            "qom-get" => {
+                assert_eq!(arguments["path"], "/machine/peripheral/balloon0");
+                let balloon = self.balloon.as_ref().expect("a balloon");
+                balloon.get(arguments["property"].as_str().expect("a name"))?
+            }
+            "qom-set" | "balloon" | "query-balloon" => {
+                let balloon = self.balloon.as_mut().ok_or("No balloon device")?;
+                balloon.obey(name, arguments)?
+            }
             "query-migrate-capabilities" => self
                 .capabilities
                 .iter()

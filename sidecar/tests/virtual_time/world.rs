@@ -170,7 +170,7 @@ impl World {
                     | Output::Unpace
                     | Output::AcceptStream
                     | Output::SealDisks => {}
-                    Output::RunHook => {}
+                    Output::RunHook | Output::Alarm(_) => {}
                     Output::ListenDisks => self.src().disks_listening(now, "/run/db.mirror"),
                 }
                 self.outputs.push(output);

@@ -1,12 +1,12 @@
 //! A file as it was read, before it is known whether it says enough for a move.
 
-use rate_limiter::BytesPerSecond;
+use rate_limiter::{Bytes, BytesPerSecond};
 use uuid::Uuid;
 
 use super::settings::Settings;
 use crate::application::{
-    Application, ControlAddress, Disk, Host, Link, Mac, Outline, OutlineHost, OutlineVm, Traffic,
-    TransportChoice, Vm,
+    Application, Ballooning, ControlAddress, Disk, Host, Link, Mac, Outline, OutlineHost,
+    OutlineVm, Traffic, TransportChoice, Vm,
 };
 
 /// A file as it was read: what only a move needs may be missing.
@@ -29,6 +29,8 @@ pub(super) struct DraftVm {
     pub transport: Option<TransportChoice>,
     pub disks: Vec<Disk>,
     pub min_write_rate: Option<BytesPerSecond>,
+    pub balloon: Option<bool>,
+    pub balloon_reserve: Option<Bytes>,
     pub known: OutlineVm,
 }
 
@@ -47,7 +49,11 @@ impl Draft {
             replica_groups: app.replica_groups,
             hosts: self.hosts.into_iter().map(|host| host.known).collect(),
             links: self.links,
-            vms: self.vms.into_iter().map(|vm| vm.known).collect(),
+            vms: self
+                .vms
+                .into_iter()
+                .map(|vm| vm.outline(app.ballooning))
+                .collect(),
             traffic: self.traffic,
         }
     }
@@ -80,6 +86,14 @@ impl DraftHost {
 }
 
 impl DraftVm {
+    fn outline(self, ballooning: Ballooning) -> OutlineVm {
+        let profile = self.known.profile;
+        OutlineVm {
+            profile: ballooning.moved(self.balloon, self.balloon_reserve, profile),
+            ..self.known
+        }
+    }
+
     fn finish(self) -> Option<Vm> {
         Some(Vm {
             name: self.known.name,
@@ -92,6 +106,8 @@ impl DraftVm {
             max_throttle: self.known.max_throttle,
             disks: self.disks,
             min_write_rate: self.min_write_rate,
+            balloon: self.balloon,
+            balloon_reserve: self.balloon_reserve,
             profile: self.known.profile,
         })
     }

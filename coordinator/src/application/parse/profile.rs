@@ -1,5 +1,7 @@
 //! Quantities that a machine can have, and what `[[vm]]` says of a VM's load.
 
+use std::ops::RangeInclusive;
+
 use rate_limiter::{Bytes, BytesPerSecond};
 
 use super::{RATE, SIZE};
@@ -59,6 +61,24 @@ fn sane<T: PartialOrd + Copy + std::fmt::Display>(
     Some(found.value)
 }
 
+/// Reads `balloon-reserve`, of the application or of a VM.
+pub(super) fn read_balloon_reserve(
+    reader: &mut TableReader<'_, '_>,
+    problems: &mut Problems<'_>,
+) -> Option<Bytes> {
+    const ALLOWED: RangeInclusive<Bytes> = Bytes(1 << 20)..=Bytes(1 << 40);
+    let found = reader.parsed::<Bytes>(problems, "balloon-reserve", SIZE)?;
+    if !ALLOWED.contains(&found.value) {
+        let text = format!(
+            "`balloon-reserve` in {} is {}; expected 1 MiB to 1 TiB",
+            reader.name, found.value
+        );
+        problems.at(&found.span, text);
+        return None;
+    }
+    Some(found.value)
+}
+
 /// What `[[vm]]` says of its memory and disk.
 pub(super) fn read_profile(
     reader: &mut TableReader<'_, '_>,
@@ -67,6 +87,7 @@ pub(super) fn read_profile(
     let memory = reader.positive(problems, "memory", SIZE);
     let profile = VmProfile {
         memory: memory.and_then(|found| sane(reader, problems, "memory", &found, &LARGEST_SIZE)),
+        used_memory: size(reader, problems, "used-memory"),
         dirty_rate: rate(reader, problems, "dirty-rate"),
         max_dirty_rate: rate(reader, problems, "max-dirty-rate"),
         dirty_set: size(reader, problems, "dirty-set"),
@@ -98,6 +119,7 @@ pub(super) fn read_profile(
         memory,
         "`memory`",
     );
+    within("used-memory", profile.used_memory, memory, "`memory`");
     // The dirty set is of memory and disk; a file may leave the disk out that made it.
     let both = memory.zip(profile.disk);
     let both = both.map(|(memory, disk)| Bytes(memory.0.saturating_add(disk.0)));

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use sidecar::protocol::command::Termination;
 
-use super::profile::{positive_rate, rate};
+use super::profile::{positive_rate, rate, read_balloon_reserve};
 use super::{RATE, host_named};
 use crate::application::reader::{Problems, TableReader};
 use crate::application::{
-    Application, HostId, OnNonConvergence, OnPartial, Policy, TransportChoice,
+    Application, Ballooning, HostId, OnNonConvergence, OnPartial, Policy, TransportChoice,
 };
 use crate::capacity::Allowance;
 
@@ -116,6 +116,7 @@ pub(super) fn read_settings(
         20 * MS..Duration::from_secs(61),
     );
     let disk_stall = reader.duration(problems, "disk-stall", 100 * MS..60_001 * MS);
+    let ballooning = read_ballooning(&mut reader, problems);
     let channels = reader.integer(problems, "multifd-channels", 0..256);
     let transport = read_transport(&mut reader, problems);
     let register = reader
@@ -164,6 +165,7 @@ pub(super) fn read_settings(
             on_partial: on_partial.unwrap_or(OnPartial::Stay),
             report_interval: interval.unwrap_or(500 * MS),
             disk_stall: disk_stall.unwrap_or(2000 * MS),
+            ballooning,
             multifd_channels: channels.and_then(|n| u8::try_from(n).ok()).unwrap_or(0),
             transport: transport.unwrap_or_default(),
             termination,
@@ -176,6 +178,18 @@ pub(super) fn read_settings(
         },
         register,
     })
+}
+
+/// Reads `balloon`, `balloon-reserve` and `balloon-wait`.
+fn read_ballooning(reader: &mut TableReader<'_, '_>, problems: &mut Problems<'_>) -> Ballooning {
+    let usual = Ballooning::default();
+    Ballooning {
+        on: reader.boolean(problems, "balloon").unwrap_or(usual.on),
+        reserve: read_balloon_reserve(reader, problems).unwrap_or(usual.reserve),
+        wait: reader
+            .duration(problems, "balloon-wait", 100 * MS..60_001 * MS)
+            .unwrap_or(usual.wait),
+    }
 }
 
 /// Reads `bandwidth`, `reserve` and `probe`: what the migration may use, and whether it is probed.

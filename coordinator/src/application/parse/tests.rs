@@ -1,5 +1,5 @@
 use rate_limiter::{Bytes, BytesPerSecond};
-use sidecar::protocol::command::Termination;
+use sidecar::protocol::command::{PrepareBalloon, Termination};
 use sidecar::protocol::types::CopyMode;
 
 use super::*;
@@ -284,6 +284,47 @@ fn local_disks_have_names_of_their_own() {
         let problems = with(disks).expect_err(disks);
         assert!(problems[0].text.contains(needle), "{disks}: {problems:?}");
     }
+}
+
+#[test]
+fn who_is_ballooned_and_how() {
+    let of = |keys: &str, vm: &str| {
+        let text = GOOD
+            .replace("deadline = \"2m\"", keys)
+            .replace("memory = \"128MiB\"", &format!("memory = \"128MiB\"\n{vm}"));
+        parse(&text).map(|app| [VmId(0), VmId(1)].map(|id| app.balloon_of(id)))
+    };
+    let wish = |mib: u64, wait_ms| {
+        Some(PrepareBalloon {
+            reserve_bytes: mib << 20,
+            wait_ms,
+        })
+    };
+    assert_eq!(of("", ""), Ok([None, None]));
+    assert_eq!(of("balloon = true", ""), Ok([wish(64, 5000); 2]));
+    let all = "balloon = true\nballoon-reserve = \"32MiB\"\nballoon-wait = \"2s\"";
+    let own = of(all, "balloon-reserve = \"8MiB\"");
+    assert_eq!(own, Ok([wish(8, 2000), wish(32, 2000)]));
+    let not = of(all, "balloon = false");
+    assert_eq!(not, Ok([None, wish(32, 2000)]));
+    for (keys, vm, needle) in [
+        ("balloon = 1", "", "`balloon`"),
+        ("balloon-wait = \"2m\"", "", "`balloon-wait`"),
+        ("balloon-reserve = \"1B\"", "", "expected 1 MiB to 1 TiB"),
+        ("", "balloon-reserve = \"2TiB\"", "expected 1 MiB to 1 TiB"),
+        ("", "used-memory = \"129MiB\"", "above `memory`"),
+    ] {
+        let problems = of(keys, vm).expect_err(needle);
+        assert!(problems[0].text.contains(needle), "{problems:?}");
+    }
+    // What a plan counts.
+    let text = GOOD.replace("deadline = \"2m\"", "balloon = true").replace(
+        "memory = \"128MiB\"",
+        "memory = \"128MiB\"\nused-memory = \"20MiB\"",
+    );
+    let outline = parse_outline(&text).expect("good");
+    assert_eq!(outline.vms[0].profile.memory, Some(Bytes(84 << 20)));
+    assert_eq!(outline, parse(&text).expect("good").outline());
 }
 
 #[test]

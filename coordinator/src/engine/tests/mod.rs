@@ -1,5 +1,6 @@
 //! The engine in virtual time, against scripted events: no sockets, no sidecars.
 
+mod balloon;
 mod disks;
 mod failures;
 mod happy;
@@ -30,6 +31,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         token: "0".repeat(64),
         machine: None,
         disks: Vec::new(),
+        balloon: None,
         min_write_rate: None,
         transport: Transport::Relay,
         max_throttle: 99,

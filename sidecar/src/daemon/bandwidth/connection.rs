@@ -78,12 +78,13 @@ impl Probing {
             run: args.probe,
             vm: Uuid::nil(),
             channel: PROBE_CHANNEL,
+            balloon_bytes: None,
             guest_runs: false,
             token,
         };
         let sending = Sending {
             peer,
-            hello: hello.encode().to_vec(),
+            hello: hello.encode(),
             duration: Duration::from_millis(args.duration_ms),
             max_bytes: args.max_bytes,
             since: None,

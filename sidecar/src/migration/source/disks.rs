@@ -75,8 +75,7 @@ impl Source {
         let before_memory = self.half.phase() == Phase::Precopy && self.rounds.is_none();
         let may_open = self.mirrors.are_ready() && !self.mirrors.are_held_back();
         if goes_on && before_memory && may_open && !self.stream_opened {
-            self.stream_opened = true;
-            self.open_stream();
+            self.open_stream(now);
         }
         if goes_on && self.draining && self.mirrors.are_sealed() {
             self.switch_over(now);

@@ -12,6 +12,7 @@
 //! Local disks are mirrored first, then memory is copied; `continue` ends the mirrors before it
 //! lets the VM go on (`disks`).
 
+mod balloon;
 mod disks;
 mod monitor;
 mod own_hold;
@@ -23,12 +24,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::balloon::inflate::Balloon;
+use super::balloon::{self as ballooning, Kept};
 use super::disks::source::{self as mirror, Mirrors};
 use super::identity::{HoldBy, Identity, Question};
 use super::{Half, Now, Output};
 use crate::commit::SourceHalf;
 use crate::hold::{HoldPacer, Rounds, Sample};
-use crate::protocol::command::{PrepareDisk, Termination};
+use crate::protocol::command::{PrepareBalloon, PrepareDisk, Termination};
 use crate::protocol::types::{Phase, Role, Transport, VmReport};
 use crate::qmp::QmpClient;
 
@@ -122,12 +125,15 @@ pub enum Tag {
     Throttle(u8),
     /// One of the commands of the disks' mirrors.
     Disk(mirror::Tag),
+    /// One of the balloon's commands.
+    Balloon(ballooning::Tag),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AfterNote {
     Configure,
     Start,
+    Balloon,
     Arm,
 }
 
@@ -193,6 +199,7 @@ pub struct Source {
     waits_paused: bool,
     reconnect_at: Option<Instant>,
     mirrors: Mirrors,
+    balloon: Balloon,
     /// Every disk is mirrored, and the stream of the memory was asked for.
     stream_opened: bool,
     /// DISKS_COPIED was told.
@@ -251,6 +258,7 @@ impl Source {
             waits_paused: false,
             reconnect_at: None,
             mirrors: Mirrors::new(&[]),
+            balloon: Balloon::new(None),
             stream_opened: false,
             disks_copied: false,
             hook: Hook::Done,
@@ -263,6 +271,20 @@ impl Source {
     #[must_use]
     pub fn with_disks(mut self, disks: &[PrepareDisk]) -> Self {
         self.mirrors = Mirrors::new(disks);
+        self
+    }
+
+    /// With memory that is taken from its guest while it moves.
+    #[must_use]
+    pub fn with_balloon(mut self, wish: Option<PrepareBalloon>) -> Self {
+        self.balloon = Balloon::new(wish);
+        self
+    }
+
+    /// Taken over with memory that an earlier life may have taken from its guest.
+    #[must_use]
+    pub fn with_adopted_balloon(mut self, kept: Option<Kept>) -> Self {
+        self.balloon = Balloon::adopt(kept);
         self
     }
 
@@ -379,6 +401,8 @@ impl Source {
         report.rate_bytes_per_s = self.rate_bytes_per_s;
         report.throttle_percent = self.throttle_percent;
         report.disks = self.mirrors.reports();
+        report.balloon = self.balloon.report();
+        report.free_page_hint = self.balloon.has_free_page_hint();
         report.remaining_at_release_bytes = self.remaining_at_release;
         report
     }
@@ -495,6 +519,7 @@ impl Source {
             self.reconnect_at,
             quitting,
             self.mirrors.deadline(),
+            self.balloon_deadline(),
         ]
         .into_iter()
         .flatten()
@@ -523,6 +548,7 @@ impl Source {
             self.half.put(Output::ConnectQmp);
         }
         self.tick_disks(now);
+        self.tick_balloon(now);
         if self.release_by.is_some_and(|at| at <= now.mono) {
             self.release_by = None;
             let text = if self.going_back {

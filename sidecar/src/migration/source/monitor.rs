@@ -91,6 +91,10 @@ impl Source {
                 self.mirrors.replied(now.mono, tag, value);
                 self.after_disk(now, tag);
             }
+            Tag::Balloon(tag) => {
+                self.balloon.replied(now, tag, value);
+                self.drive_balloon(now);
+            }
             Tag::Throttle(percent) => {
                 self.throttle_percent = percent;
                 let vm = self.half.name.clone();
@@ -105,6 +109,10 @@ impl Source {
             Tag::Disk(tag) => {
                 self.mirrors.refused(now.mono, tag, error);
                 self.after_disk(now, tag);
+            }
+            Tag::Balloon(tag) => {
+                self.balloon.refused(now, tag, error);
+                self.drive_balloon(now);
             }
             Tag::Tune | Tag::Yank | Tag::Quit | Tag::Poll | Tag::TakeBack | Tag::Disarm => {}
             Tag::Start if self.half.transport == Transport::Direct => {

@@ -79,7 +79,9 @@ impl Source {
         }
         self.draining = false;
         self.mirrors.abandon(now.mono);
+        self.balloon.give_back(now.mono);
         self.drive_disks(now);
+        self.drive_balloon(now);
         self.settle();
     }
 
@@ -92,6 +94,6 @@ impl Source {
     pub(super) fn settle(&mut self) {
         let is_back = matches!(self.state, SourceHalf::RunsAgain { .. });
         let no_mirrors = self.mirrors.are_gone() || self.qmp.is_none();
-        self.settled |= is_back && self.restoring == 0 && no_mirrors;
+        self.settled |= is_back && self.restoring == 0 && no_mirrors && self.balloon.is_settled();
     }
 }

@@ -126,6 +126,9 @@ impl Source {
             return;
         }
         self.was_running = identity.status == "running";
+        if let Some(device) = &identity.balloon {
+            self.balloon.found_device(device);
+        }
         let capabilities = plan.arguments(identity);
         let back = (
             identity.original_capabilities(&capabilities),
@@ -136,6 +139,7 @@ impl Source {
         self.capabilities = capabilities;
         self.after_note = Some(AfterNote::Configure);
         self.half.put(Output::SaveNote);
+        self.drive_balloon(now);
     }
 
     /// After a restart of the sidecar: what did the VM become meanwhile?

@@ -51,11 +51,15 @@ impl Source {
                     self.state = SourceHalf::Released;
                 }
                 if self.mirrors.is_empty() {
-                    self.open_stream();
+                    self.open_stream(now);
                 } else {
                     self.half.enter(now, Phase::Precopy);
                     self.half.put(Output::ListenDisks);
                 }
+            }
+            Some(AfterNote::Balloon) => {
+                self.balloon.noted(now);
+                self.drive_balloon(now);
             }
             Some(AfterNote::Arm) if self.waits_paused => {
                 self.half.enter(now, Phase::Armed);
@@ -77,7 +81,14 @@ impl Source {
         }
     }
 
-    pub(super) fn open_stream(&mut self) {
+    /// Has the memory's stream opened, once the guest has given what it does not use.
+    pub(super) fn open_stream(&mut self, now: Now) {
+        if !self.balloon.is_done() {
+            self.balloon.begin(now, self.was_running);
+            self.drive_balloon(now);
+            return;
+        }
+        self.stream_opened = true;
         self.half.put(match self.settings.transport {
             Transport::Relay => Output::Listen,
             Transport::Direct => Output::Connect,
