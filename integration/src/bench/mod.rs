@@ -14,7 +14,7 @@ mod estimator;
 mod export;
 mod held;
 mod hot;
-mod machine;
+pub(crate) mod machine;
 mod memory;
 mod moves;
 pub mod output;
@@ -244,7 +244,7 @@ fn run_one(bench: &Bench<'_>, name: Name) -> Result<Section> {
 }
 
 /// The date as YYYY-MM-DD (UTC).
-fn today() -> String {
+pub(crate) fn today() -> String {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let mut days = since.unwrap_or_default().as_secs() / 86400;
     let (mut year, mut month) = (1970, 0);
