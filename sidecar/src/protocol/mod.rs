@@ -35,4 +35,4 @@ pub mod types;
 /// Major version of the protocol: peers with another one refuse each other.
 pub const PROTOCOL_MAJOR: u32 = 1;
 /// Minor version of the protocol: additions only.
-pub const PROTOCOL_MINOR: u32 = 5;
+pub const PROTOCOL_MINOR: u32 = 6;
