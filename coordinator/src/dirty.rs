@@ -92,6 +92,7 @@ impl Wish {
             duration_ms: ms(limit.min(longest)),
             delays_ms: self.delays.iter().copied().map(ms).collect(),
             heat_cells: HEAT_CELLS,
+            disks: true,
         };
         arguments.check().map_err(|error| {
             let (least, most) = (INTERVAL_MS.start(), INTERVAL_MS.end());
@@ -134,12 +135,22 @@ pub fn measure(
             stopped: None,
             heard: Instant::now(),
         };
-        let start = Command::DirtyStart(arguments.clone());
-        let Some(id) = client.send(host, &start) else {
-            errors.push("the connection is gone".into());
-            continue;
+        let mut start = |arguments: &DirtyStartArgs| {
+            let start = Command::DirtyStart(arguments.clone());
+            match client.send(host, &start) {
+                Some(id) => session.run(id, interrupt, each),
+                None => Ok(Ran::Refused("the connection is gone".into())),
+            }
         };
-        match session.run(id, interrupt, each)? {
+        let ran = match start(&arguments)? {
+            // A sidecar before 1.6 measures no disks.
+            Ran::Refused(error) if error.contains("`disks`") => start(&DirtyStartArgs {
+                disks: false,
+                ..arguments.clone()
+            })?,
+            ran => ran,
+        };
+        match ran {
             Ran::Over => return Ok(()),
             Ran::Refused(error) => errors.push(error),
         }

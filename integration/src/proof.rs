@@ -24,13 +24,15 @@ use serde::Serialize;
 use serde_json::json;
 use sidecar::config::ImageFormat;
 
+use crate::bench::machine::Machine;
+use crate::bench::today;
 use crate::clock::Micros;
 use crate::guest::{DiskSpec, GuestSpec, check};
 use crate::lab::verify::{Seen, read_ticks, verify_paused, verify_stopped, wait_for_all};
 use crate::lab::{Lab, LabSpec};
 use crate::memory::GuestRam;
 use crate::net::Cut;
-use crate::qemu::{Accel, AccelChoice, accel};
+use crate::qemu::{Accel, AccelChoice, accel, installed};
 use crate::signals::Interrupt;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -50,6 +52,9 @@ pub struct ProofOptions {
     /// Where the result goes as JSON.
     #[arg(long)]
     pub json: Option<PathBuf>,
+    /// Where it goes as a page of Markdown.
+    #[arg(long)]
+    pub document: Option<PathBuf>,
 }
 
 /// What was done, all of it as it must be.
@@ -67,29 +72,37 @@ pub struct Proof {
     pub seconds: f64,
 }
 
-/// What is done to a destination.
+/// What is done, to the destination where nothing else is said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Blow {
     Kill,
     Stop,
     DropNbd,
     CutLink,
+    /// The sidecar is killed, and started again as by a service manager.
+    RestartSidecar(SidecarOf),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SidecarOf {
+    Source,
+    Destination,
 }
 
 /// A fault: its name, when, and what.
 type Fault = (&'static str, fn(&Step) -> bool, Blow);
 
 /// The first five are in every phase of a move.
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 14] = [
     (
         "NBD connection dropped when started",
         |step| matches!(step, Step::Started),
         Blow::DropNbd,
     ),
     (
-        "QEMU killed when its disks are copied",
+        "source's sidecar killed when a disk is copied",
         |step| matches!(step, Step::DisksCopied { .. }),
-        Blow::Kill,
+        Blow::RestartSidecar(SidecarOf::Source),
     ),
     (
         "link cut when all are held",
@@ -97,9 +110,9 @@ const FAULTS: [Fault; 9] = [
         Blow::CutLink,
     ),
     (
-        "QEMU killed when all are paused",
+        "destination's sidecar killed when all are paused",
         |step| matches!(step, Step::AllStopped { .. }),
-        Blow::Kill,
+        Blow::RestartSidecar(SidecarOf::Destination),
     ),
     (
         "QEMU killed in stop-and-copy",
@@ -107,9 +120,34 @@ const FAULTS: [Fault; 9] = [
         Blow::Kill,
     ),
     (
+        "QEMU killed when its disks are copied",
+        |step| matches!(step, Step::DisksCopied { .. }),
+        Blow::Kill,
+    ),
+    (
+        "source's sidecar killed when all are paused",
+        |step| matches!(step, Step::AllStopped { .. }),
+        Blow::RestartSidecar(SidecarOf::Source),
+    ),
+    (
+        "QEMU killed when all are paused",
+        |step| matches!(step, Step::AllStopped { .. }),
+        Blow::Kill,
+    ),
+    (
+        "destination's sidecar killed when started",
+        |step| matches!(step, Step::Started),
+        Blow::RestartSidecar(SidecarOf::Destination),
+    ),
+    (
         "QEMU killed when prepared",
         |step| matches!(step, Step::Prepared),
         Blow::Kill,
+    ),
+    (
+        "source's sidecar killed when armed",
+        |step| matches!(step, Step::Armed { .. }),
+        Blow::RestartSidecar(SidecarOf::Source),
     ),
     (
         "QEMU stopped when all are paused",
@@ -141,11 +179,44 @@ pub fn disks(options: &ProofOptions, interrupt: &Interrupt) -> Result<()> {
         "{} committed and {} aborted moves, {} acknowledged writes: none is lost ({:.0} s)",
         proof.committed, proof.aborted, proof.writes, proof.seconds
     );
+    let write = |path: &PathBuf, text: String| {
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
     if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&proof)? + "\n";
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        write(path, serde_json::to_string_pretty(&proof)? + "\n")?;
+    }
+    if let Some(path) = &options.document {
+        let machine = Machine::here(installed()?, chosen.accel);
+        write(path, document(&proof, &machine, &today(), options.long))?;
     }
     Ok(())
+}
+
+/// The result as a page.
+fn document(proof: &Proof, machine: &Machine, date: &str, long: bool) -> String {
+    let command = if long {
+        "muster-testbed disks --long"
+    } else {
+        "muster-testbed disks"
+    };
+    let mut text = format!(
+        "# Local disks lose no write\n\n\
+         `{command}` ({:.0} s), {date}, on {}.\n\n\
+         {} moves of a group were committed and {} taken back, one after the other in turns. Two of its \
+         three guests write numbered blocks to their disks all the time, {} of them were acknowledged in \
+         the end, and none is lost: at the barrier the images of both sides were the same, and after \
+         every move each guest's disk held what it was told.\n\n\
+         | taken back by | moves |\n| --- | --- |\n",
+        proof.seconds,
+        machine.line(),
+        proof.committed,
+        proof.aborted,
+        proof.writes,
+    );
+    for (fault, moves) in &proof.faults {
+        text += &format!("| {fault} | {moves} |\n");
+    }
+    text
 }
 
 /// As many committed moves as aborted ones, one after the other in turns.
@@ -154,17 +225,17 @@ pub fn disks(options: &ProofOptions, interrupt: &Interrupt) -> Result<()> {
 /// A write is lost, an image differs, a move does not end as it must.
 pub fn prove(accel: Accel, moves: u32, interrupt: &Interrupt, say: &dyn Fn(&str)) -> Result<Proof> {
     let begun = Instant::now();
-    let lab = Lab::build(spec(accel)?, interrupt)?;
+    let mut lab = Lab::build(spec(accel)?, interrupt)?;
     let mut proof = Proof::default();
     let mut hosts = ("a", "b");
     for (index, fault) in (0..moves).zip(FAULTS.iter().cycle()) {
         interrupt.check()?;
-        commit(&lab, hosts).with_context(|| format!("committed move {}", index + 1))?;
+        commit(&mut lab, hosts).with_context(|| format!("committed move {}", index + 1))?;
         proof.committed += 1;
         hosts = (hosts.1, hosts.0);
         let guest = if index % 2 == 0 { "log" } else { "db" };
         let name = format!("{guest}: {}", fault.0);
-        let reason = take_back(&lab, hosts, guest, fault).with_context(|| name.clone())?;
+        let reason = take_back(&mut lab, hosts, guest, fault).with_context(|| name.clone())?;
         proof.aborted += 1;
         *proof.faults.entry(fault.0.to_owned()).or_default() += 1;
         say(&format!(
@@ -188,6 +259,7 @@ fn spec(accel: Accel) -> Result<LabSpec> {
         guest.disk = Some(DiskSpec {
             size: Bytes(size),
             rate: BytesPerSecond(rate),
+            filled: false,
             write_blocking,
             format: ImageFormat::Raw,
             least: None,
@@ -212,7 +284,7 @@ fn spec(accel: Accel) -> Result<LabSpec> {
 }
 
 struct Watch<'a> {
-    lab: &'a Lab,
+    lab: &'a mut Lab,
     hosts: (&'a str, &'a str),
     fault: Option<(&'a str, &'a Fault)>,
     struck: Option<Result<()>>,
@@ -235,11 +307,18 @@ impl Observer for Watch<'_> {
     }
 }
 
-fn strike(lab: &Lab, guest: &str, hosts: (&str, &str), blow: Blow) -> Result<()> {
+fn strike(lab: &mut Lab, guest: &str, hosts: (&str, &str), blow: Blow) -> Result<()> {
     match blow {
         Blow::Kill => Ok(lab.qemu(guest, hosts.1)?.signal(Signal::SIGKILL)?),
         Blow::Stop => Ok(lab.qemu(guest, hosts.1)?.signal(Signal::SIGSTOP)?),
         Blow::CutLink => Ok(lab.network.link(hosts.0, hosts.1)?.cut(Cut::Silent)?),
+        Blow::RestartSidecar(of) => {
+            let host = match of {
+                SidecarOf::Source => hosts.0,
+                SidecarOf::Destination => hosts.1,
+            };
+            Ok(lab.start_sidecar(host)?)
+        }
         Blow::DropNbd => {
             wait_for_mirror(lab, guest, hosts.0)?;
             let mut monitor = lab.monitor(guest, hosts.1)?;
@@ -269,16 +348,16 @@ pub fn wait_for_mirror(lab: &Lab, guest: &str, host: &str) -> Result<()> {
     }
 }
 
-fn go(lab: &Lab, hosts: (&str, &str), watch: &mut Watch<'_>) -> Result<MoveReport> {
+fn go(watch: &mut Watch<'_>) -> Result<MoveReport> {
     let options = RunOptions {
         policy: Some(Policy::Muster),
         ..RunOptions::default()
     };
-    let app = lab.application(hosts.0, hosts.1)?;
+    let app = watch.lab.application(watch.hosts.0, watch.hosts.1)?;
     Ok(coordinator::run(&app, &options, watch)?)
 }
 
-fn commit(lab: &Lab, hosts: (&str, &str)) -> Result<()> {
+fn commit(lab: &mut Lab, hosts: (&str, &str)) -> Result<()> {
     let since = Micros::now();
     let mut watch = Watch {
         lab,
@@ -287,15 +366,16 @@ fn commit(lab: &Lab, hosts: (&str, &str)) -> Result<()> {
         struck: None,
         compared: None,
     };
-    let report = go(lab, hosts, &mut watch)?;
+    let report = go(&mut watch)?;
     if report.result != Outcome::Committed {
         bail!("{}: {:?}", report.result, report.reason);
     }
-    watch.compared.context("they never arrived")??;
+    let Watch { lab, compared, .. } = watch;
+    compared.context("they never arrived")??;
     check_all(lab, hosts.1, since)
 }
 
-fn take_back(lab: &Lab, hosts: (&str, &str), guest: &str, fault: &Fault) -> Result<String> {
+fn take_back(lab: &mut Lab, hosts: (&str, &str), guest: &str, fault: &Fault) -> Result<String> {
     let since = Micros::now();
     let mut watch = Watch {
         lab,
@@ -304,10 +384,11 @@ fn take_back(lab: &Lab, hosts: (&str, &str), guest: &str, fault: &Fault) -> Resu
         struck: None,
         compared: None,
     };
-    let report = go(lab, hosts, &mut watch);
+    let report = go(&mut watch);
+    let Watch { lab, struck, .. } = watch;
     lab.network.link(hosts.0, hosts.1)?.restore()?;
     let report = report?;
-    watch.struck.context("the step never came")??;
+    struck.context("the step never came")??;
     if report.result != Outcome::RolledBack {
         bail!("{}: {:?}", report.result, report.reason);
     }
@@ -330,7 +411,12 @@ fn check_all(lab: &Lab, host: &str, since: Micros) -> Result<()> {
         let flat = json!({ "flat": true });
         let nodes = monitor.execute("query-named-block-nodes", flat, LIMIT)?;
         let text = nodes.to_string();
-        for left in ["\"muster-nbd", "\"muster-rate", "\"muster-set"] {
+        for left in [
+            "\"muster-nbd",
+            "\"muster-rate",
+            "\"muster-set",
+            "\"muster-measured",
+        ] {
             ensure!(!text.contains(left), "{name}: {left} is left: {text}");
         }
     }

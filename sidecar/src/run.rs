@@ -504,6 +504,12 @@ impl Run {
         self.halves.iter().map(VmHalf::report).collect()
     }
 
+    /// Whether the next report is to be made now.
+    #[must_use]
+    pub fn report_is_due(&self, now: Now) -> bool {
+        self.next_report <= now.mono
+    }
+
     /// Puts the next STATUS at `interval` from now on.
     pub fn set_report_interval(&mut self, now: Now, interval: Duration) {
         self.report_interval = interval;

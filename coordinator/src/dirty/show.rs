@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use rate_limiter::{Bytes, BytesPerSecond};
-use sidecar::protocol::dirty::{DirtyEvent, DirtyRound, DirtySource, Heat, Predicted};
+use sidecar::protocol::dirty::{DirtyDisk, DirtyEvent, DirtyRound, DirtySource, Heat, Predicted};
 
 use crate::screen::Screen;
 
@@ -106,6 +106,17 @@ fn predictions(round: &DirtyRound) -> impl Iterator<Item = String> {
     round.predicted.iter().map(predicted).chain(unknown)
 }
 
+fn of_disk(disk: &DirtyDisk) -> String {
+    format!(
+        "{}: {}, mean {}, max {}; {} written",
+        disk.node,
+        BytesPerSecond(disk.dirty_rate_bytes_per_s),
+        BytesPerSecond(disk.mean_dirty_rate_bytes_per_s),
+        BytesPerSecond(disk.max_dirty_rate_bytes_per_s),
+        Bytes(disk.dirty_set_bytes)
+    )
+}
+
 fn missed(round: &DirtyRound) -> String {
     match round.missed {
         0 => String::new(),
@@ -127,6 +138,12 @@ fn picture(round: &DirtyRound, elapsed: Duration) -> Vec<String> {
         format!("working set  {}", working_set(round)),
     ];
     lines.extend(predictions(round).map(|text| format!("predicted    {text}")));
+    lines.extend(
+        round
+            .disks
+            .iter()
+            .map(|disk| format!("disk         {}", of_disk(disk))),
+    );
     match &round.heat {
         Some(heat) => lines.extend(map(heat)),
         None => lines.push("memory       no heat map: only the rate is known".into()),
@@ -174,6 +191,9 @@ fn plain(round: &DirtyRound, elapsed: Duration) -> String {
             let _ = write!(text, "; predicted {predicted}");
         }
     }
+    for disk in &round.disks {
+        let _ = write!(text, "; disk {}", of_disk(disk));
+    }
     text + &missed(round)
 }
 
@@ -211,6 +231,7 @@ mod tests {
                 span_bytes: 128 << 20,
                 percent,
             }),
+            disks: Vec::new(),
         }
     }
 

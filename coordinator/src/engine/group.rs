@@ -79,6 +79,8 @@ pub struct GroupRun {
     /// Other groups are under way, and share the bandwidth.
     pub(super) has_company: bool,
     pub(super) paced: Option<(Duration, Vec<f64>)>,
+    /// The bulk copies are about to end: reports come often.
+    pub(super) is_closing: bool,
     /// When which VM is due to start next, by its position.
     pub(super) next_start: Option<(Duration, usize)>,
     /// A source may be past the point where it can go back by itself.
@@ -138,6 +140,7 @@ impl GroupRun {
             is_late: false,
             has_company: false,
             paced: None,
+            is_closing: false,
             next_start: None,
             past_return: false,
             commit_proposed: false,

@@ -28,7 +28,7 @@ const DRAIN_WITHIN: Duration = Duration::from_millis(600);
 pub(super) const ARMED_AT_MOST: Duration = Duration::from_secs(1);
 
 impl GroupRun {
-    fn report_every(&mut self, now: Duration, interval_ms: u64) {
+    pub(super) fn report_every(&mut self, now: Duration, interval_ms: u64) {
         let args = self.args();
         for host in self.sources() {
             let interval = ReportIntervalArgs {

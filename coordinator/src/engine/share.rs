@@ -7,14 +7,19 @@ use std::time::Duration;
 use sidecar::protocol::command::{Command, PaceArgs, PaceVm, StartArgs};
 
 use super::Step;
+use super::advance::ms;
 use super::group::GroupRun;
 use super::halves::VmRun;
 use super::stages::Part;
-use crate::scheduler::allot::{Allotment, allot, bulk};
+use crate::scheduler::allot::{Allotment, Moving, allot, bulk};
 
 const PACE_INTERVAL: Duration = Duration::from_millis(200);
 /// Shares are sent again when one has changed by more than this.
 const PACE_CHANGE: f64 = 0.05;
+/// Bulk copies are reported, and their shares corrected, so often in the end.
+const CLOSING_INTERVAL: Duration = Duration::from_millis(50);
+/// That begins when so much time is left.
+const CLOSING: f64 = 3.0;
 /// The same in the bulk copy, whose VMs are to end together.
 const BULK_PACE_CHANGE: f64 = 0.01;
 /// Smallest weight sent: everybody gets something. Weights are shares in percent.
@@ -26,6 +31,7 @@ impl GroupRun {
     pub(super) fn pace(&mut self, now: Duration) {
         let parked_any = self.park(now);
         let vms = self.moving();
+        self.look_closely(now, &vms);
         let capacity = &self.spec.capacity;
         let Allotment {
             rates,
@@ -63,7 +69,11 @@ impl GroupRun {
                 .iter()
                 .zip(&rates)
                 .any(|(old, new)| (old - new).abs() > least_change * old.abs());
-            if !changed || now < *at + PACE_INTERVAL {
+            let interval = match self.is_closing {
+                true => CLOSING_INTERVAL,
+                false => PACE_INTERVAL,
+            };
+            if !changed || now + Duration::from_millis(5) < *at + interval {
                 return;
             }
         }
@@ -84,6 +94,25 @@ impl GroupRun {
             let names = due.iter().map(|&vm| self.vms[vm].member.name.clone());
             let vms = names.collect();
             self.step(Step::StartedLater { vms });
+        }
+    }
+
+    /// The ends of bulk copies depend on how fresh is what is known of them.
+    fn look_closely(&mut self, now: Duration, vms: &[Moving]) {
+        let copies = matches!(self.part, Part::Bulk { waits_since: None });
+        let left: f64 = vms.iter().map(|vm| vm.left_bytes).sum();
+        let is_closing = copies
+            && self.vms.iter().any(|vm| vm.started && vm.has_disks())
+            && left / self.spec.capacity.bandwidth_f64() < CLOSING;
+        if is_closing != self.is_closing {
+            self.is_closing = is_closing;
+            let usual = self.spec.limits.report_interval;
+            let interval = if is_closing {
+                usual.min(CLOSING_INTERVAL)
+            } else {
+                usual
+            };
+            self.report_every(now, ms(interval));
         }
     }
 

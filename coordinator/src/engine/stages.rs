@@ -103,9 +103,17 @@ impl GroupRun {
                 true => vm.disks_left_bytes as f64,
                 false => moving.left_bytes,
             };
+            // In stage two disks are sent beside the memory, and written meanwhile.
+            let disks = match is_bulk {
+                true => 0.0,
+                false => vm.disk_rate_bytes_per_s as f64,
+            };
+            let dirty_rate = moving.dirty_rate + disks;
             Moving {
                 progress,
                 left_bytes,
+                dirty_rate,
+                max_dirty_rate: moving.max_dirty_rate.max(dirty_rate),
                 ..moving
             }
         };

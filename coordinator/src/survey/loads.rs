@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use rate_limiter::{Bytes, BytesPerSecond};
-use sidecar::protocol::dirty::{DirtyEvent, DirtyRound, DirtySource};
+use sidecar::protocol::dirty::{DirtyDisk, DirtyEvent, DirtyRound, DirtySource};
 
 use super::{Wanted, seconds};
 use crate::application::{Application, ControlAddress, VmId, VmProfile};
@@ -38,6 +38,8 @@ pub(super) struct Load {
     after_burst: Option<u64>,
     /// How long its memory takes to be sent once, where that is known.
     bulk: Option<Duration>,
+    /// Block nodes that move with it.
+    disks: Vec<String>,
 }
 
 /// Measures the VMs that are wanted.
@@ -55,9 +57,11 @@ pub(super) fn measure(
                 let sidecar = app.host(vm.from).control.clone();
                 let wish = wish(&vm.name, &vm.profile, usable);
                 let memory = vm.profile.memory;
+                let disks: Vec<String> = vm.disks.iter().map(|disk| disk.node.clone()).collect();
                 let measure = move || {
                     let mut load = twice(&sidecar, &wish, interrupt)?;
                     let memory = memory.unwrap_or(Bytes(load.memory_bytes));
+                    load.disks = disks;
                     load.bulk = usable.map(|rate| rate.time_for(memory));
                     Ok(load)
                 };
@@ -143,13 +147,23 @@ impl Load {
         };
         let memory = known.memory.get_or_insert(Bytes(self.memory_bytes));
         let within = |bytes: u64| Bytes(bytes.min(memory.0));
-        let rate = BytesPerSecond;
-        let mean = known
-            .dirty_rate
-            .get_or_insert(rate(last.mean_dirty_rate_bytes_per_s));
-        let most = known
-            .max_dirty_rate
-            .get_or_insert(rate(last.max_dirty_rate_bytes_per_s));
+        // Rates and dirty set are of memory and disks (COMMA 2.2).
+        let of_disks = |value: fn(&DirtyDisk) -> u64| {
+            let moving = last
+                .disks
+                .iter()
+                .filter(|disk| self.disks.contains(&disk.node));
+            moving.map(value).fold(0, u64::saturating_add)
+        };
+        let rate = |memory: u64, disks: u64| BytesPerSecond(memory.saturating_add(disks));
+        let mean = known.dirty_rate.get_or_insert(rate(
+            last.mean_dirty_rate_bytes_per_s,
+            of_disks(|disk| disk.mean_dirty_rate_bytes_per_s),
+        ));
+        let most = known.max_dirty_rate.get_or_insert(rate(
+            last.max_dirty_rate_bytes_per_s,
+            of_disks(|disk| disk.max_dirty_rate_bytes_per_s),
+        ));
         // What the file says stands: the other one follows it.
         if given.dirty_rate.is_some() {
             *most = *most.max(mean);
@@ -167,7 +181,9 @@ impl Load {
                 let reaches = self.bulk? <= Duration::from_millis(found.delay_ms);
                 found.dirty_bytes.filter(|_| reaches)
             });
-            known.dirty_set = foreseen.or(set).map(within);
+            let disks = of_disks(|disk| disk.dirty_set_bytes);
+            let both = |memory: Bytes| Bytes(memory.0.saturating_add(disks));
+            known.dirty_set = foreseen.or(set).map(within).map(both);
         }
         self.describe(vm, &given, known)
     }
@@ -265,6 +281,7 @@ mod tests {
                     dirty_bytes: Some(7 * MB),
                 }],
                 heat: None,
+                disks: Vec::new(),
             });
         }
         Load {
@@ -273,7 +290,30 @@ mod tests {
             rounds,
             after_burst: None,
             bulk: Some(Duration::from_secs(5)),
+            disks: Vec::new(),
         }
+    }
+
+    #[test]
+    fn disks_that_move_count() {
+        let mut load = load(&[10 * MB, 20 * MB], Some((40 * MB, true)));
+        let disk = |node: &str| DirtyDisk {
+            node: node.into(),
+            dirty_rate_bytes_per_s: MB,
+            mean_dirty_rate_bytes_per_s: 2 * MB,
+            max_dirty_rate_bytes_per_s: 3 * MB,
+            dirty_set_bytes: 4 * MB,
+        };
+        if let Some(last) = load.rounds.last_mut() {
+            last.disks = vec![disk("disk0"), disk("shared")];
+        }
+        load.disks = vec!["disk0".into()];
+        let mut profile = VmProfile::default();
+        load.fill("db", &mut profile, true);
+        assert_eq!(profile.dirty_rate, Some(BytesPerSecond(17 * MB)));
+        assert_eq!(profile.max_dirty_rate, Some(BytesPerSecond(23 * MB)));
+        assert_eq!(profile.dirty_set, Some(Bytes(11 * MB)));
+        assert_eq!(profile.writable_working_set, Some(Bytes(40 * MB)));
     }
 
     #[test]

@@ -40,6 +40,7 @@ fn disk(size_mib: u64, rate: u64) -> DiskSpec {
     DiskSpec {
         size: Bytes(size_mib * MIB),
         rate: BytesPerSecond(rate),
+        filled: true,
         write_blocking: false,
         format: ImageFormat::Raw,
         least: None,

@@ -4,7 +4,7 @@
 //! its block; the one that was begun after them may be.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -45,6 +45,25 @@ pub enum DiskError {
     Differ(u64),
 }
 
+/// What a block of a filled disk holds before it is written.
+#[must_use]
+pub fn fill(block: u32) -> Vec<u8> {
+    let word = block.wrapping_mul(0x9e37_79b9) | 1;
+    word.to_le_bytes().repeat(BLOCK / 4)
+}
+
+/// Makes the raw image of a filled disk.
+///
+/// # Errors
+/// It is there already, or cannot be written.
+pub fn make_filled(image: &Path, blocks: u32) -> io::Result<()> {
+    let mut file = BufWriter::with_capacity(1 << 20, File::create_new(image)?);
+    for block in 0..blocks {
+        file.write_all(&fill(block))?;
+    }
+    file.flush()
+}
+
 /// The number of the last write to a block after `writes` writes, 0 if there was none.
 fn last_write(blocks: u32, block: u32, writes: u32) -> u32 {
     // Write n goes to block (n - 1) % blocks.
@@ -55,11 +74,16 @@ fn last_write(blocks: u32, block: u32, writes: u32) -> u32 {
     first + (writes - first) / blocks * blocks
 }
 
-/// Checks a raw image of the disk of a paused guest.
+/// Checks a raw image of the disk of a paused guest, which was `filled` or empty in the beginning.
 ///
 /// # Errors
 /// Names the first block that does not hold what it must.
-pub fn check(image: &Path, params: &Params, state: &GuestState) -> Result<(), DiskError> {
+pub fn check(
+    image: &Path,
+    params: &Params,
+    filled: bool,
+    state: &GuestState,
+) -> Result<(), DiskError> {
     if state.disk_failed > 0 {
         return Err(DiskError::Failed(state.disk_failed));
     }
@@ -74,6 +98,7 @@ pub fn check(image: &Path, params: &Params, state: &GuestState) -> Result<(), Di
         };
         let found = [word(0), word(4), word(4088), word(4092)];
         let good = |number: u32| match number {
+            0 if filled => data[..] == fill(block),
             0 => data.iter().all(|byte| *byte == 0),
             _ => {
                 let pair = [number, tag(block, number)];
@@ -124,6 +149,7 @@ mod tests {
         spec.disk = Some(DiskSpec {
             size: rate_limiter::Bytes(8 * PAGE),
             rate: rate_limiter::BytesPerSecond(1_000_000),
+            filled: false,
             write_blocking: false,
             format: sidecar::config::ImageFormat::Raw,
             least: None,
@@ -152,21 +178,21 @@ mod tests {
             params: params.words(),
         };
         std::fs::write(&path, write(21)).unwrap();
-        check(&path, &params, &state(21, 21)).unwrap();
-        check(&path, &params, &state(20, 21)).unwrap();
-        check(&path, &params, &state(21, 22)).unwrap();
+        check(&path, &params, false, &state(21, 21)).unwrap();
+        check(&path, &params, false, &state(20, 21)).unwrap();
+        check(&path, &params, false, &state(21, 22)).unwrap();
         assert!(
-            check(&path, &params, &state(22, 22)).is_err(),
+            check(&path, &params, false, &state(22, 22)).is_err(),
             "one is lost"
         );
         assert!(
-            check(&path, &params, &state(20, 20)).is_err(),
+            check(&path, &params, false, &state(20, 20)).is_err(),
             "one too many"
         );
         let mut torn = write(21);
         torn[4088] ^= 1;
         std::fs::write(&path, torn).unwrap();
-        assert!(check(&path, &params, &state(21, 21)).is_err());
+        assert!(check(&path, &params, false, &state(21, 21)).is_err());
         let other = directory.path().join("other");
         std::fs::write(&other, write(21)).unwrap();
         assert!(matches!(

@@ -71,6 +71,8 @@ pub struct DiskSpec {
     pub size: Bytes,
     /// How much the guest writes to it, at most 4 KiB a tick.
     pub rate: BytesPerSecond,
+    /// Every block of it holds something from the beginning ([`super::disk::fill`]); else it is a hole.
+    pub filled: bool,
     /// When it moves, its writes wait until they are at the destination.
     pub write_blocking: bool,
     /// What kind of image it lies in.

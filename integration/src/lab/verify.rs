@@ -89,12 +89,14 @@ fn check_disk(
     state: &GuestState,
 ) -> anyhow::Result<()> {
     let launch = lab.launch(guest, host)?;
-    match lab.guest(guest)?.disk.map(|disk| disk.format) {
-        None => {}
-        Some(ImageFormat::Raw) => disk::check(&launch.image, params, state)?,
-        Some(ImageFormat::Qcow2) => {
+    let Some(spec) = lab.guest(guest)?.disk else {
+        return Ok(());
+    };
+    match spec.format {
+        ImageFormat::Raw => disk::check(&launch.image, params, spec.filled, state)?,
+        ImageFormat::Qcow2 => {
             let raw = raw_copy(&launch.image)?;
-            let checked = disk::check(&raw, params, state);
+            let checked = disk::check(&raw, params, spec.filled, state);
             std::fs::remove_file(raw)?;
             checked?;
         }

@@ -11,7 +11,7 @@ use sidecar::config::ImageFormat;
 use sidecar::protocol::types::Chain;
 
 use super::{DISK_NODE, Launch, QemuError, Role, quote};
-use crate::guest::{IdleDisk, IdleKind};
+use crate::guest::{IdleDisk, IdleKind, PAGE, disk};
 
 /// Of a layered disk so much is in its topmost image, at its beginning.
 const TOP: usize = 64 << 10;
@@ -138,7 +138,11 @@ impl Launch {
             move |error| QemuError::Image { path, error }
         };
         if let Some(disk) = self.spec.disk.filter(|_| !self.image.exists()) {
-            make_empty(&self.image, disk.format, disk.size.0).map_err(failed(&self.image))?;
+            let made = match disk.filled && role == Role::Boot {
+                true => make_filled(&self.image, disk.format, disk.size.0),
+                false => make_empty(&self.image, disk.format, disk.size.0),
+            };
+            made.map_err(failed(&self.image))?;
         }
         for disk in self.spec.idle.iter().filter(|_| role == Role::Boot) {
             let path = self.idle_image(disk);
@@ -210,6 +214,20 @@ impl Launch {
             }
         }
         Ok(())
+    }
+}
+
+fn make_filled(path: &Path, format: ImageFormat, size: u64) -> io::Result<()> {
+    let blocks = u32::try_from(size / PAGE).map_err(io::Error::other)?;
+    match format {
+        ImageFormat::Raw => disk::make_filled(path, blocks),
+        ImageFormat::Qcow2 => {
+            let raw = path.with_extension("filled");
+            disk::make_filled(&raw, blocks)?;
+            let (from, to) = (raw.to_string_lossy(), path.to_string_lossy());
+            qemu_img(&["convert", "-f", "raw", "-O", "qcow2", &from, &to])?;
+            fs::remove_file(&raw)
+        }
     }
 }
 

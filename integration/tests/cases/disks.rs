@@ -37,6 +37,7 @@ pub fn with_disks(accel: Accel) -> Result<LabSpec> {
         spec.guests[index].disk = Some(DiskSpec {
             size: Bytes(size),
             rate: BytesPerSecond(rate),
+            filled: false,
             write_blocking,
             format: ImageFormat::Raw,
             least: None,
@@ -269,6 +270,7 @@ pub fn slowed(accel: Accel) -> Result<()> {
     spec.guests[0].disk = Some(DiskSpec {
         size: Bytes(4 << 20),
         rate: BytesPerSecond(4_000_000),
+        filled: false,
         write_blocking: false,
         format: ImageFormat::Raw,
         least: Some(BytesPerSecond(500_000)),

@@ -12,14 +12,16 @@ use coordinator::observer::{GroupName, Nobody, Observer};
 use coordinator::report::Outcome;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rate_limiter::{Bytes, BytesPerSecond};
 use serde_json::{Value, json};
+use sidecar::config::ImageFormat;
 use sidecar::protocol::command::Command as Ask;
 use sidecar::protocol::dirty::DirtyVmArgs;
 use sidecar::protocol::types::QemuBuild;
 use testbed::clock::Micros;
-use testbed::guest::PAGE;
+use testbed::guest::{DiskSpec, PAGE};
 use testbed::lab::{Lab, program};
-use testbed::qemu::{Accel, installed};
+use testbed::qemu::{Accel, DISK_NODE, installed};
 
 use super::LIMIT;
 use super::groups::{check_all, go, lab, migration_settings, spec};
@@ -313,7 +315,17 @@ pub fn yields(accel: Accel) -> Result<()> {
 
 /// Whatever is asked wrongly, and whoever goes away: nothing stays behind.
 pub fn misuse() -> Result<()> {
-    let mut lab = one(Accel::Tcg)?;
+    let mut spec = spec(Accel::Tcg, &GUEST)?;
+    spec.traffic.clear();
+    spec.guests[0].disk = Some(DiskSpec {
+        size: Bytes(4 * MIB),
+        rate: BytesPerSecond(200_000),
+        filled: false,
+        write_blocking: false,
+        format: ImageFormat::Raw,
+        least: None,
+    });
+    let mut lab = lab(spec)?;
     let since = Micros::now();
     for (vm, arguments, expected) in [
         ("nobody", &[][..], "not on this host"),
@@ -369,9 +381,32 @@ pub fn misuse() -> Result<()> {
     ensure!(code == Some(1), "{said}");
     lab.start_sidecar("a")?;
     free(&lab, true)?;
-    measured(&lab, &["--interval", "100ms", "--duration", "300ms"])?;
+    // Of its disk it has removed what was left.
+    wait_for_no_bitmap(&lab)?;
+    let events = measured(&lab, &["--interval", "100ms", "--duration", "300ms"])?;
+    let mut rounds = events.iter().filter(|(name, _)| name == "DIRTY_ROUND");
+    let (_, last) = rounds.next_back().context("no interval")?;
+    let disk = &last["disks"][0];
+    ensure!(disk["node"] == DISK_NODE, "{last}");
+    ensure!(disk["dirty_set_bytes"].as_u64() > Some(0), "{last}");
     free(&lab, false)?;
+    wait_for_no_bitmap(&lab)?;
     check_all(&lab, "a", since)
+}
+
+/// Until nothing of a measurement is left in the guest's disk.
+fn wait_for_no_bitmap(lab: &Lab) -> Result<()> {
+    let by = Instant::now() + LIMIT;
+    loop {
+        let mut monitor = lab.monitor("db", "a")?;
+        let flat = json!({ "flat": true });
+        let nodes = monitor.execute("query-named-block-nodes", flat, LIMIT)?;
+        if !nodes.to_string().contains("muster-measured") {
+            return Ok(());
+        }
+        ensure!(Instant::now() < by, "bitmaps are left: {nodes}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Waits until the VM is measured no more; whether QEMU still exports then.

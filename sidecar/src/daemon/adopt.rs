@@ -30,6 +30,7 @@ impl Daemon {
             ));
             self.adopt(now, &note);
         }
+        self.tidy_disks(now);
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Measurements of VMs: their monitors, their logs, and the clients that began them.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -49,7 +50,8 @@ impl Daemon {
     /// Names of the VMs that are measured.
     pub(super) fn measured_vms(&self) -> Vec<&str> {
         let all = self.measurements.values();
-        all.map(|m| m.machine.wanted.vm.as_str()).collect()
+        let measured = all.filter(|m| !m.machine.tidies());
+        measured.map(|m| m.machine.wanted.vm.as_str()).collect()
     }
 
     fn measurement_of(&self, vm: &str) -> Option<usize> {
@@ -72,7 +74,12 @@ impl Daemon {
                 "VM `{vm}` is being moved in run {run}: measure it afterwards"
             ));
         }
-        if self.measurement_of(vm).is_some() {
+        let before = self.measurement_of(vm);
+        let tidying = before.and_then(|id| self.measurements.get(&id));
+        if tidying.is_some_and(|m| m.machine.tidies()) {
+            // A measurement does the same when it begins.
+            self.drop_measurement(now, before.unwrap_or_default());
+        } else if before.is_some() {
             return refuse(format!(
                 "VM `{vm}` is being measured already: `query-dirty` shows it, `dirty-stop` ends it"
             ));
@@ -83,6 +90,23 @@ impl Daemon {
             ));
         }
         let path = self.config.qmp_path(vm);
+        let machine = Measurement::new(now, args.clone());
+        match self.begin_measurement(now, machine, Some(client)) {
+            Ok(()) => Ok(json!({})),
+            Err(error) => refuse(format!(
+                "VM `{vm}` is not on this host: its monitor {} cannot be connected: {error}",
+                path.display()
+            )),
+        }
+    }
+
+    fn begin_measurement(
+        &mut self,
+        now: Now,
+        machine: Measurement,
+        owner: Option<usize>,
+    ) -> io::Result<()> {
+        let path = self.config.qmp_path(&machine.wanted.vm);
         let token = self.token(Slot::Measurement);
         let connected = Socket::connect_unix(&path).and_then(|mut socket| {
             socket.register(self.poll.registry(), token)?;
@@ -92,22 +116,31 @@ impl Daemon {
             Ok(socket) => socket,
             Err(error) => {
                 self.slots.remove(&token);
-                return refuse(format!(
-                    "VM `{vm}` is not on this host: its monitor {} cannot be connected: {error}",
-                    path.display()
-                ));
+                return Err(error);
             }
         };
         let measuring = Measuring {
-            machine: Measurement::new(now, args),
+            machine,
             socket,
-            owner: Some(client),
+            owner,
             descriptor: None,
             askers: Vec::new(),
         };
         self.measurements.insert(token.0, measuring);
         self.serve_measurement(now, token.0);
-        Ok(json!({}))
+        Ok(())
+    }
+
+    /// After a restart: removes what measurements of an earlier life have left in the disks of VMs that
+    /// run here. Those of a run have other hands in their monitor, and lose it when they move.
+    pub(super) fn tidy_disks(&mut self, now: Now) {
+        let names = self.config.vm_names();
+        for vm in names.iter().filter(|vm| check_name(vm).is_ok()) {
+            if self.run_of(vm).is_none() && self.measurements.len() < MAX_MEASUREMENTS {
+                // One that does not run has nothing left.
+                let _ = self.begin_measurement(now, Measurement::tidy(now, vm), None);
+            }
+        }
     }
 
     pub(super) fn dirty_stop(&mut self, now: Now, vm: &str) -> Result<Value, CommandError> {
@@ -120,10 +153,9 @@ impl Daemon {
 
     pub(super) fn query_dirty(&self, vm: &str) -> Result<Value, CommandError> {
         check_name(vm)?;
-        match self
-            .measurement_of(vm)
-            .and_then(|id| self.measurements.get(&id))
-        {
+        let id = self.measurement_of(vm);
+        let measuring = id.and_then(|id| self.measurements.get(&id));
+        match measuring.filter(|measuring| !measuring.machine.tidies()) {
             Some(measuring) => Ok(json!(measuring.machine.report())),
             None => refuse(format!(
                 "VM `{vm}` is not being measured here: `dirty-start` begins it"
@@ -137,7 +169,7 @@ impl Daemon {
         let measuring = id.and_then(|id| self.measurements.get_mut(&id));
         match measuring {
             // One that ends frees the monitor, where a probe of its own waits its turn.
-            Some(measuring) if !measuring.machine.is_ending() => {
+            Some(measuring) if !measuring.machine.is_ending() && !measuring.machine.tidies() => {
                 measuring.machine.inquire(now);
                 measuring.askers.push(asker);
                 self.tend_measurement(now, id.unwrap_or_default());

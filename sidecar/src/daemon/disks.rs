@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
 use super::channel::HalfKey;
 use super::storage::Job;
 use super::streams::listen;
+use super::write_back::WriteBack;
 use super::{Daemon, Slot, log};
 use crate::migration::Now;
 use crate::protocol::types::{Phase, Role};
@@ -18,6 +21,14 @@ impl Daemon {
             return;
         };
         let half = &mut entry.run.halves[key.1];
+        let nodes = half.source_mut().map(|source| source.disk_nodes());
+        let known = self.config.vm(&half.half().name).map(|vm| &vm.disks);
+        let moving = known.into_iter().flatten().filter(|disk| {
+            let mut nodes = nodes.iter().flatten();
+            nodes.any(|node| *node == disk.node)
+        });
+        let images = moving.map(|disk| disk.image.clone()).collect();
+        entry.io[key.1].write_back = WriteBack::start(images);
         let name = format!("{}.mirror", half.half().name);
         let path = self.config.runtime_dir.join(name);
         match listen(self.poll.registry(), token, &path) {
@@ -29,6 +40,29 @@ impl Daemon {
             }
             Err(error) => half.fail(&error),
         }
+    }
+
+    /// Source: what of a disk is still to be sent, as fresh as the report that says it.
+    pub(super) fn count_disks(&mut self, now: Now, run: Uuid) {
+        let entry = self.runs.get_mut(&run);
+        let Some(entry) = entry.filter(|entry| entry.run.report_is_due(now)) else {
+            return;
+        };
+        for (half, io) in entry.run.halves.iter_mut().zip(&entry.io) {
+            if let Some(source) = half.source_mut() {
+                source.disks_sent(io.disk_bytes(&self.channels));
+            }
+        }
+    }
+
+    /// Destination: disks may come.
+    pub(super) fn write_back(&mut self, key: HalfKey) {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
+            return;
+        };
+        let half = entry.run.halves[key.1].destination_mut();
+        let images = half.map(|destination| destination.images());
+        entry.io[key.1].write_back = images.and_then(WriteBack::start);
     }
 
     pub(super) fn close_disk_listener(&mut self, key: HalfKey) {
@@ -80,9 +114,10 @@ impl Daemon {
 
     /// Destination: the NBD server has stopped.
     pub(super) fn seal_disks(&mut self, key: HalfKey) {
-        let Some(entry) = self.runs.get(&key.0) else {
+        let Some(entry) = self.runs.get_mut(&key.0) else {
             return;
         };
+        entry.io[key.1].write_back = None;
         for id in entry.io[key.1].channels.clone() {
             if self.channels.get(&id).is_some_and(|c| c.is_lingering()) {
                 self.drop_channel(id);

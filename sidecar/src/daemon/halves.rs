@@ -20,6 +20,7 @@ use super::net::{Moved, RateMeter, Socket, read_some, write_some};
 use super::process::Process;
 use super::storage::Job;
 use super::tcp::send_with_descriptor;
+use super::write_back::WriteBack;
 use super::{Daemon, Slot, log};
 use crate::migration::Now;
 use crate::protocol::types::Role;
@@ -46,6 +47,8 @@ pub struct HalfIo {
     pub nbd_path: PathBuf,
     /// Destination: images that were made for this run.
     pub created: Vec<PathBuf>,
+    /// Writes images back while disks move.
+    pub write_back: Option<WriteBack>,
     /// Source: a write to a disk is answered within this time.
     pub disk_stall: Duration,
     /// Counts grants, so that disks and memory get theirs in turn.
@@ -88,6 +91,7 @@ impl HalfIo {
             disk_listener: None,
             nbd_path: incoming_path.with_extension("nbd"),
             created: Vec::new(),
+            write_back: None,
             disk_stall: Duration::from_secs(2),
             turn: 0,
             incoming_path,
@@ -123,6 +127,15 @@ impl HalfIo {
         let mut open = self.channels.iter().filter_map(|id| channels.get(id));
         let stream = self.direct.stream.as_ref();
         open.any(Channel::waits_for_path) || stream.is_some_and(Stream::waits_for_path)
+    }
+
+    /// Source: bytes of its disks that have gone to the destination.
+    #[must_use]
+    pub fn disk_bytes(&self, channels: &HashMap<usize, Channel>) -> u64 {
+        let open = self.channels.iter().filter_map(|id| channels.get(id));
+        open.filter(|channel| channel.is_disk)
+            .map(|channel| channel.bytes)
+            .sum()
     }
 
     /// Source: bytes that its QEMU has written and that are still on their way.

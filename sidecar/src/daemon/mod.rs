@@ -36,6 +36,7 @@ mod storage;
 mod streams;
 mod tcp;
 mod traffic;
+mod write_back;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -421,6 +422,7 @@ impl Daemon {
     fn reconcile(&mut self, now: Now) {
         let ids: Vec<Uuid> = self.runs.keys().copied().collect();
         for id in ids {
+            self.count_disks(now, id);
             for _ in 0..8 {
                 let Some(entry) = self.runs.get_mut(&id).filter(|e| !e.run.has_ended()) else {
                     break;
@@ -453,6 +455,7 @@ impl Daemon {
                     Output::Listen => self.listen_for_qemu(now, key),
                     Output::ListenDisks => self.listen_for_disks(now, key),
                     Output::RunHook => self.hook_before(now, key),
+                    Output::WriteBack => self.write_back(key),
                     Output::SealDisks => self.seal_disks(key),
                     Output::Connect => self.connect_direct(now, key),
                     Output::AcceptStream => self.accept_direct(key),

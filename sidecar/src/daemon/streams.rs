@@ -259,6 +259,7 @@ impl Daemon {
             return;
         };
         let io = &mut entry.io[key.1];
+        io.write_back = None;
         let channels = std::mem::take(&mut io.channels);
         if let Some((token, mut listener, path)) = io.listener.take() {
             let _ = self.poll.registry().deregister(&mut listener);

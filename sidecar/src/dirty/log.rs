@@ -167,6 +167,7 @@ impl Log {
             working_set_stable: Some(self.guest.set.stable().is_some()),
             predicted: self.predict(page_size),
             heat: self.heat(page_size),
+            disks: Vec::new(),
         }
     }
 
@@ -238,6 +239,7 @@ mod tests {
             duration_ms: 1000,
             delays_ms: vec![100, 250, 300],
             heat_cells: 64,
+            disks: false,
         }
     }
 

@@ -12,6 +12,7 @@
 //!
 //! - [`log`](mod@log): what the export says.
 
+mod disks;
 pub mod log;
 mod monitor;
 #[cfg(test)]
@@ -27,9 +28,11 @@ use serde_json::json;
 use crate::migration::Now;
 use crate::migration::identity::{Identity, Question};
 use crate::protocol::dirty::{
-    DirtyEnd, DirtyEvent, DirtyPhase, DirtyRound, DirtySource, DirtyStartArgs, DirtyState,
+    DURATION_MS, DirtyEnd, DirtyEvent, DirtyPhase, DirtyRound, DirtySource, DirtyStartArgs,
+    DirtyState, INTERVAL_MS,
 };
 use crate::qmp::QmpClient;
+use disks::Disks;
 use log::Look;
 
 /// Name of the memfd at QEMU's monitor.
@@ -64,6 +67,16 @@ pub enum Tag {
     Calculate,
     /// `query-dirty-rate`.
     Calculated,
+    /// `query-block`.
+    Disks,
+    /// `block-dirty-bitmap-add`, `block-dirty-bitmap-clear`.
+    Bitmap,
+    /// `query-named-block-nodes`, for the counts of the bitmaps.
+    Count,
+    /// `block-dirty-bitmap-remove` of what an earlier measurement has left.
+    RemoveStale,
+    /// The same in the end.
+    Remove,
 }
 
 /// What is to be done.
@@ -132,6 +145,9 @@ pub struct Measurement {
     rate: DirtyRate,
     rounds: u64,
     latest: Option<DirtyRound>,
+    disks: Disks,
+    /// It only removes what an earlier life of the sidecar has left.
+    tidies: bool,
     outputs: VecDeque<Output>,
 }
 
@@ -165,8 +181,32 @@ impl Measurement {
             rate: DirtyRate::new(RATES),
             rounds: 0,
             latest: None,
+            disks: Disks::default(),
+            tidies: false,
             outputs: VecDeque::new(),
         }
+    }
+
+    /// Measures nothing: removes bitmaps that an earlier life of the sidecar has left in a VM's disks.
+    #[must_use]
+    pub fn tidy(now: Now, vm: &str) -> Self {
+        let wanted = DirtyStartArgs {
+            vm: vm.to_owned(),
+            interval_ms: *INTERVAL_MS.start(),
+            duration_ms: *DURATION_MS.start(),
+            delays_ms: Vec::new(),
+            heat_cells: 0,
+            disks: true,
+        };
+        let mut this = Self::new(now, wanted);
+        this.tidies = true;
+        this
+    }
+
+    /// Whether it measures nothing, and gives way to a measurement.
+    #[must_use]
+    pub fn tidies(&self) -> bool {
+        self.tidies
     }
 
     /// The next thing to do.
@@ -246,7 +286,7 @@ impl Measurement {
             ),
             Look::Round(round) => {
                 self.expect_interval(now);
-                self.tell_round(*round);
+                self.tell_round(now, *round);
             }
         }
     }
@@ -260,14 +300,20 @@ impl Measurement {
         Duration::from_millis(self.wanted.interval_ms)
     }
 
-    fn tell_round(&mut self, round: DirtyRound) {
+    fn tell_round(&mut self, now: Now, round: DirtyRound) {
+        if let Some(round) = self.count_disks(now, round) {
+            self.tell_whole(round);
+        }
+    }
+
+    fn tell_whole(&mut self, round: DirtyRound) {
         self.latest = Some(round.clone());
         self.outputs
             .push_back(Output::Event(DirtyEvent::DirtyRound(round)));
     }
 
     /// An interval of `calc-dirty-rate`.
-    fn calculated(&mut self, bytes_per_s: u64) {
+    fn calculated(&mut self, now: Now, bytes_per_s: u64) {
         let interval = self.interval();
         let dirtied = whole(interval.as_secs_f64() * bytes_per_s as f64);
         self.rounds += 1;
@@ -275,7 +321,7 @@ impl Measurement {
         let rate = |rate: Option<dirtylog::rate::PagesPerSecond>| {
             rate.map_or(0, |rate| whole(rate.bytes_per_second(1)))
         };
-        self.tell_round(DirtyRound {
+        let round = DirtyRound {
             vm: self.wanted.vm.clone(),
             source: DirtySource::CalcDirtyRate,
             round: self.rounds,
@@ -289,7 +335,9 @@ impl Measurement {
             working_set_stable: None,
             predicted: Vec::new(),
             heat: None,
-        });
+            disks: Vec::new(),
+        };
+        self.tell_round(now, round);
     }
 
     /// The first interval begins.
@@ -304,6 +352,9 @@ impl Measurement {
             note,
         };
         self.outputs.push_back(Output::Event(event));
+        if self.wanted.disks {
+            self.send(now, Tag::Disks, "query-block", serde_json::Value::Null);
+        }
     }
 
     /// Ends it: QEMU is told to stop, and the monitor is free at most a second later.
@@ -312,9 +363,15 @@ impl Measurement {
             return;
         }
         self.ending = Some((reason, error));
-        if !self.exported {
+        self.leave_disks(now);
+        if !self.exported && self.disks.are_left() {
             // A calculation ends by itself, and changes nothing.
             self.finish();
+            return;
+        }
+        let by = now.mono + STOP_WITHIN;
+        self.state = State::Ending { by };
+        if !self.exported {
             return;
         }
         self.outputs.push_back(Output::CloseLog);
@@ -324,8 +381,6 @@ impl Measurement {
             "dirty-log-export-stop",
             serde_json::Value::Null,
         );
-        let by = now.mono + STOP_WITHIN;
-        self.state = State::Ending { by };
     }
 
     fn finish(&mut self) {
@@ -380,7 +435,7 @@ impl Measurement {
         }
         if let State::Ending { by } = self.state {
             if is_due(by) {
-                self.hangs("it does not answer `dirty-log-export-stop`");
+                self.hangs("it does not answer when the measurement ends");
             }
             return;
         }

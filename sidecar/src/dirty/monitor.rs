@@ -33,6 +33,10 @@ impl Measurement {
         match message {
             QmpMessage::Ready { version, .. } => {
                 self.identity = Identity::new(version);
+                if self.tidies {
+                    self.send(now, Tag::Disks, "query-block", Value::Null);
+                    return;
+                }
                 self.ask(now);
                 self.send(now, Tag::Export, "query-dirty-log-export", Value::Null);
             }
@@ -68,6 +72,10 @@ impl Measurement {
                 self.begun(now, DirtySource::Export, None);
             }
             Tag::Stop => self.finish(),
+            Tag::Disks => self.track_disks(now, value),
+            Tag::Count => self.disks_counted(now, value),
+            Tag::Remove => self.disk_left(),
+            Tag::Bitmap | Tag::RemoveStale => {}
             Tag::Calculate => self.calculating(now),
             Tag::Calculated => self.look_at_rate(now, value),
             Tag::Pass | Tag::Start => {}
@@ -106,6 +114,11 @@ impl Measurement {
             }
             // The start is refused as well, and says so.
             Tag::Pass => {}
+            Tag::Count => self.disks_counted(now, &Value::Null),
+            Tag::Remove => self.disk_left(),
+            // Not measured; there was none; or a disk was removed meanwhile.
+            Tag::Disks if self.tidies => self.end(now, DirtyEnd::Stopped, None),
+            Tag::Disks | Tag::Bitmap | Tag::RemoveStale => {}
             Tag::Ask(_) | Tag::Calculate | Tag::Calculated => {
                 self.fail(now, format!("QEMU says: {error}"));
             }
@@ -229,7 +242,7 @@ impl Measurement {
                 self.calculate(now, bitmap);
             }
             (Some("measured"), Some(rate)) => {
-                self.calculated(rate.saturating_mul(MIB));
+                self.calculated(now, rate.saturating_mul(MIB));
                 self.calculate(now, bitmap);
             }
             (Some("measuring"), _) => {

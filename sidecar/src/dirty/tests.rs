@@ -20,6 +20,7 @@ fn args() -> DirtyStartArgs {
         duration_ms: 60_000,
         delays_ms: vec![],
         heat_cells: 0,
+        disks: false,
     }
 }
 
@@ -112,6 +113,18 @@ impl World {
             "query-status" => json!({"status": "running"}),
             "query-memory-size-summary" => json!({"base-memory": 64 * MIB}),
             "query-dirty-log-export" => json!({"status": self.export}),
+            "query-block" => json!([
+                {"inserted": {"node-name": "disk0", "ro": false}},
+                {"inserted": {"node-name": "cd", "ro": true}},
+                {"inserted": {"node-name": "#block17", "ro": false}},
+                {},
+            ]),
+            // The disk; that of the bitmaps' counts is asked for without its children.
+            "query-named-block-nodes" => json!([{"node-name": "disk0", "dirty-bitmaps": [
+                {"name": "somebody's", "count": 1},
+                {"name": "muster-measured-rate", "count": 8192},
+                {"name": "muster-measured-set", "count": 40960},
+            ]}]),
             "query-dirty-rate" => json!({"status": "measured", "dirty-rate": 7}),
             _ => json!({}),
         };
@@ -183,6 +196,7 @@ fn round() -> DirtyRound {
         working_set_stable: Some(false),
         predicted: vec![],
         heat: None,
+        disks: Vec::new(),
     }
 }
 
@@ -380,4 +394,68 @@ fn others_may_ask_who_qemu_is() {
     world.machine.inquire(world.now);
     world.greet();
     assert_eq!(identified(&world), 1);
+}
+
+const ADD: &str = "block-dirty-bitmap-add";
+const CLEAR: &str = "block-dirty-bitmap-clear";
+const REMOVE: &str = "block-dirty-bitmap-remove";
+
+#[test]
+fn disks_are_counted_and_left_as_they_were() {
+    for export in [Some("inactive"), None] {
+        let mut world = World::new(export);
+        world.machine.wanted.disks = true;
+        world.greet();
+        let bitmaps = |world: &World, command: &str| {
+            let of = world.log.iter().filter(|(name, _)| name == command);
+            of.map(|(_, arguments)| {
+                assert_eq!(arguments["node"], "disk0");
+                arguments["name"].as_str().expect("a name").to_owned()
+            })
+            .collect::<Vec<_>>()
+        };
+        let both = ["muster-measured-rate", "muster-measured-set"];
+        assert_eq!(bitmaps(&world, ADD), both);
+        // Stale ones went first.
+        assert_eq!(bitmaps(&world, REMOVE), both);
+        world.now.mono += Duration::from_millis(500);
+        if export.is_some() {
+            let look = Look::Round(Box::new(round()));
+            world.machine.looked(world.now, look);
+        } else {
+            world.machine.handle_timeout(world.now);
+        }
+        world.go_on();
+        let [found] = &world.rounds()[..] else {
+            panic!("{:?}", world.rounds());
+        };
+        let [disk] = &found.disks[..] else {
+            panic!("{:?}", found.disks);
+        };
+        assert_eq!(disk.node, "disk0");
+        assert_eq!(disk.dirty_rate_bytes_per_s, 16_384);
+        assert_eq!(disk.max_dirty_rate_bytes_per_s, 16_384);
+        assert_eq!(disk.dirty_set_bytes, 40_960);
+        assert_eq!(bitmaps(&world, CLEAR), both[..1]);
+        world.log.clear();
+        world.end(DirtyEnd::Stopped);
+        assert_eq!(bitmaps(&world, REMOVE), both);
+        assert_eq!(world.ended().0, DirtyEnd::Stopped);
+    }
+}
+
+#[test]
+fn what_a_killed_sidecar_left_in_disks_is_removed() {
+    let mut world = World::new(Some("active"));
+    world.machine = Measurement::tidy(world.now, "db");
+    world.greet();
+    assert_eq!(world.commands(), [REMOVE, REMOVE]);
+    assert_eq!(world.outputs.last(), Some(&Output::Close));
+
+    let mut mute = World::new(None);
+    mute.machine = Measurement::tidy(mute.now, "db");
+    mute.mute = vec![REMOVE];
+    mute.greet();
+    mute.wait(Duration::from_secs(2));
+    assert_eq!(mute.outputs.last(), Some(&Output::Close));
 }

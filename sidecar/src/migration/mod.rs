@@ -50,6 +50,8 @@ pub enum Output {
     Connect,
     /// Source: accept QEMU's NBD clients on a unix socket and carry them to the destination.
     ListenDisks,
+    /// Destination: disks may come; have their images written back as they do.
+    WriteBack,
     /// Destination: the NBD server has stopped; close the connections that wait for that.
     SealDisks,
     /// Destination: QEMU has taken the connection of its stream; the other side may begin.

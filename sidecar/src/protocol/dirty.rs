@@ -39,6 +39,9 @@ pub struct DirtyStartArgs {
     /// How many cells the heat map has, 0 to 1024; 0 for none.
     #[serde(default = "default_heat_cells")]
     pub heat_cells: usize,
+    /// Whether its disks are measured, too. Since 1.6.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks: bool,
 }
 
 fn default_interval_ms() -> u64 {
@@ -124,6 +127,21 @@ pub struct Heat {
     pub percent: Vec<u8>,
 }
 
+/// How the guest writes to one of its disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DirtyDisk {
+    /// Its block node.
+    pub node: String,
+    /// Distinct blocks of 4 KiB written in the interval, in bytes per second.
+    pub dirty_rate_bytes_per_s: u64,
+    /// The mean of all intervals.
+    pub mean_dirty_rate_bytes_per_s: u64,
+    /// The highest of an interval.
+    pub max_dirty_rate_bytes_per_s: u64,
+    /// Distinct blocks written since the measurement began, in bytes.
+    pub dirty_set_bytes: u64,
+}
+
 /// What one interval says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DirtyRound {
@@ -154,6 +172,9 @@ pub struct DirtyRound {
     pub predicted: Vec<Predicted>,
     /// Which memory is hot.
     pub heat: Option<Heat>,
+    /// The disks that the guest can write, where they are measured. Since 1.6.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DirtyDisk>,
 }
 
 /// Why a measurement ended.

@@ -24,6 +24,8 @@ pub struct Qemu {
     pub limits: BTreeMap<String, u64>,
     /// What all dirty bitmaps of its disks hold.
     pub written: u64,
+    /// What each image holds without holes.
+    pub allocated: Option<u64>,
     /// Its disks: block node and size.
     pub disks: Vec<(String, u64)>,
     /// Mirror jobs: offset and length.
@@ -153,6 +155,7 @@ impl Qemu {
             hung: false,
             limits: BTreeMap::new(),
             written: 0,
+            allocated: None,
             disks: Vec::new(),
             jobs: BTreeMap::new(),
             targets: Vec::new(),
@@ -307,7 +310,8 @@ impl Qemu {
                     let bitmap = |name: &str| json!({ "name": name, "count": self.written });
                     json!({
                         "node-name": name, "drv": "raw", "ro": false,
-                        "image": { "virtual-size": size },
+                        "backing_file_depth": 0,
+                        "image": { "virtual-size": size, "actual-size": self.allocated },
                         "dirty-bitmaps": [
                             bitmap("muster-rate"), bitmap("muster-set"), { "count": self.written }
                         ],

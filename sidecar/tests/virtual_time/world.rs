@@ -169,6 +169,7 @@ impl World {
                     Output::OpenAckGate
                     | Output::Unpace
                     | Output::AcceptStream
+                    | Output::WriteBack
                     | Output::SealDisks => {}
                     Output::RunHook | Output::Alarm(_) => {}
                     Output::ListenDisks => self.src().disks_listening(now, "/run/db.mirror"),

@@ -111,3 +111,41 @@ fn a_guest_that_writes_too_fast_is_slowed_as_far_as_the_file_allows() {
         assert_eq!(limits, expected);
     }
 }
+
+#[test]
+fn reports_come_often_when_bulk_copies_are_about_to_end() {
+    let mut s = Script::new(with_disk(CopyMode::Background));
+    s.prepared();
+    let usual = u64::try_from(s.group.spec().limits.report_interval.as_millis()).expect("small");
+    let intervals = |s: &mut Script| -> Vec<u64> {
+        let sent = std::mem::take(&mut s.sent).into_iter();
+        let those = sent.filter_map(|(_, _, command)| match command {
+            Command::SetReportInterval(args) => Some(args.interval_ms),
+            _ => None,
+        });
+        those.collect()
+    };
+    intervals(&mut s);
+    for left in [290 * MB, 2 * MB, MB] {
+        let mut web = report_of(&s, "web", Phase::Precopy, 0, left + 64 * MB);
+        web.disks = vec![DiskReport {
+            node: "disk0".into(),
+            size_bytes: 300 * MB,
+            copied_bytes: 300 * MB - left,
+            remaining_bytes: left,
+            dirty_rate_bytes_per_s: 0,
+            dirty_set_bytes: 0,
+            ready: false,
+        }];
+        let db = report_of(&s, "db", Phase::Precopy, 0, left / 3);
+        let vms = vec![web, db];
+        s.event(A, Event::Status { vms });
+        s.now += Duration::from_millis(500);
+    }
+    // Once, not with every report.
+    assert_eq!(intervals(&mut s), [50]);
+    copied(&mut s);
+    round_over(&mut s, "db");
+    assert!(s.group.has_copied());
+    assert_eq!(intervals(&mut s).last(), Some(&usual));
+}

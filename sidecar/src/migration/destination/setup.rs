@@ -1,9 +1,12 @@
 //! An incoming QEMU before its stream: who it is, what is set in it, and where disks and memory come.
 
+use std::path::PathBuf;
+
 use serde_json::{Value, json};
 
 use super::{ANSWER, Destination, HEALTH, STREAM_FD, Tag};
 use crate::commit::DestinationHalf;
+use crate::config::DiskConfig;
 use crate::migration::identity::{CapabilityPlan, HoldBy};
 use crate::migration::{Now, Output};
 use crate::protocol::command::PrepareDisk;
@@ -13,6 +16,9 @@ use crate::protocol::types::{Phase, Role};
 impl Destination {
     /// Capabilities and parameters are set, and disks may come.
     pub(super) fn configured(&mut self, now: Now) {
+        if !self.exports.is_empty() {
+            self.half.put(Output::WriteBack);
+        }
         if self.is_direct() {
             self.prepared(now);
         } else {
@@ -33,6 +39,17 @@ impl Destination {
     #[must_use]
     pub fn disks(&self) -> &[PrepareDisk] {
         &self.place.disks
+    }
+
+    /// The images that they come to, as far as they are known.
+    #[must_use]
+    pub fn images(&self) -> Vec<PathBuf> {
+        let known = self.place.images.iter();
+        let comes = |image: &&DiskConfig| self.place.disks.iter().any(|d| d.node == image.node);
+        known
+            .filter(comes)
+            .map(|image| image.image.clone())
+            .collect()
     }
 
     /// The source has closed the connection of a disk, having sent everything.

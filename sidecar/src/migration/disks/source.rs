@@ -18,6 +18,9 @@ const POLL: Duration = Duration::from_millis(100);
 const QUICK_POLL: Duration = Duration::from_millis(10);
 /// Of the dirty bitmap: with the default of 64 KiB small writes are sent many times over.
 pub(super) const GRANULARITY: u64 = 4096;
+/// Of what is left to copy one part in so many at least is to be sent: what is known of holes is not
+/// exact.
+const MOST_HOLES: u64 = 16;
 /// What a mirror for whose copy the guest's writes wait has on its way at most: a write waits behind it,
 /// as long as the link needs for it. QEMU would send 10 MiB ahead.
 const WRITE_BLOCKING_AHEAD: u64 = 2 << 20;
@@ -117,6 +120,8 @@ pub struct Mirrors {
     count_at: Option<Instant>,
     /// What an earlier life of this sidecar has done to them is not known.
     is_adopted: bool,
+    /// Bytes of NBD that have gone to the destination.
+    pub sent_bytes: u64,
 }
 
 fn job(index: usize) -> String {
@@ -158,6 +163,7 @@ impl Mirrors {
             hold_back: false,
             count_at: None,
             is_adopted: false,
+            sent_bytes: 0,
         }
     }
 
@@ -211,10 +217,25 @@ impl Mirrors {
         self.is_empty() || matches!(self.stage, Stage::Idle | Stage::Gone | Stage::Sealed)
     }
 
-    /// What is still to be copied.
+    /// What is still to be sent: what is not copied, less the holes in it as far as they are known.
+    /// Where they lie QEMU does not say, so this is what the images hold, and what was written again,
+    /// less what has gone.
     #[must_use]
     pub fn left_bytes(&self) -> u64 {
-        self.disks.iter().map(Mirror::left_bytes).sum()
+        let left: u64 = self.disks.iter().map(Mirror::left_bytes).sum();
+        let mut to_send: u64 = 0;
+        for disk in &self.disks {
+            let Some(allocated) = disk.written.allocated_bytes else {
+                return left;
+            };
+            let again = disk.len.saturating_sub(disk.size_bytes);
+            to_send = to_send.saturating_add(allocated.min(disk.size_bytes) + again);
+        }
+        if self.disks.iter().all(|disk| disk.ready) {
+            return left;
+        }
+        let to_send = to_send.saturating_sub(self.sent_bytes);
+        to_send.clamp(left / MOST_HOLES, left)
     }
 
     /// How fast the guest writes to them.
@@ -255,11 +276,17 @@ impl Mirrors {
     /// What `report`s say of them.
     #[must_use]
     pub fn reports(&self) -> Vec<DiskReport> {
+        let copied: u64 = self.disks.iter().map(Mirror::left_bytes).sum();
+        // Holes are known of all together.
+        let part = |left: u64| {
+            let part = u128::from(left) * u128::from(self.left_bytes()) / u128::from(copied.max(1));
+            u64::try_from(part).unwrap_or(left)
+        };
         let report = |disk: &Mirror| DiskReport {
             node: disk.node.clone(),
             size_bytes: disk.size_bytes,
             copied_bytes: disk.offset,
-            remaining_bytes: disk.left_bytes(),
+            remaining_bytes: part(disk.left_bytes()),
             ready: disk.ready,
             dirty_rate_bytes_per_s: disk.written.rate_bytes_per_s,
             dirty_set_bytes: disk.written.set_bytes,
@@ -343,7 +370,7 @@ impl Mirrors {
         }
         self.stage = Stage::Copying;
         self.poll_at = Some(now + self.poll_every);
-        self.count_at = Some(now + COUNT);
+        self.count_at = Some(now);
         self.track();
         self.ask(Tag::Devices, "query-block", Value::Null);
         for index in 0..self.disks.len() {
@@ -486,6 +513,19 @@ impl Mirrors {
                 let node = self.disks[index].node.clone();
                 self.trouble(format!("disk `{node}`: QEMU refused ({tag:?}): {error}"));
             }
+        }
+    }
+
+    /// How much of the images is no hole.
+    pub(super) fn read_images(&mut self, nodes: &Value) {
+        for disk in &mut self.disks {
+            let mut nodes = nodes.as_array().into_iter().flatten();
+            let node = nodes.find(|node| node["node-name"].as_str() == Some(&disk.node));
+            let Some(node) = node else { continue };
+            let is_layered = node["backing_file_depth"].as_u64() != Some(0);
+            let is_known = disk.chain == Chain::Keep || !is_layered;
+            let allocated = node["image"]["actual-size"].as_u64();
+            disk.written.allocated_bytes = allocated.filter(|_| is_known);
         }
     }
 

@@ -24,6 +24,8 @@ pub(super) struct Written {
     pub set_bytes: u64,
     /// What a mirror that is held back has to send.
     pub unsent_bytes: Option<u64>,
+    /// What its image holds, without holes; not known of one over a backing file.
+    pub allocated_bytes: Option<u64>,
     since: Option<Instant>,
 }
 
@@ -50,8 +52,9 @@ impl Mirrors {
         }
     }
 
-    /// QEMU has told what the bitmaps hold.
+    /// QEMU has told what the images and the bitmaps hold.
     pub(super) fn counted(&mut self, now: Instant, nodes: &Value) {
+        self.read_images(nodes);
         for (index, name) in self.written_nodes() {
             let mut nodes = nodes.as_array().into_iter().flatten();
             let Some(node) = nodes.find(|node| node["node-name"].as_str() == Some(&name)) else {

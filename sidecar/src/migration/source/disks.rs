@@ -37,6 +37,11 @@ impl Source {
         self.drive_disks(now);
     }
 
+    /// Bytes of its disks that have gone to the destination.
+    pub fn disks_sent(&mut self, bytes: u64) {
+        self.mirrors.sent_bytes = bytes;
+    }
+
     pub(super) fn tick_disks(&mut self, now: Now) {
         if self.mirrors.deadline().is_some_and(|at| at <= now.mono) {
             self.mirrors.tick(now.mono);
