@@ -223,8 +223,13 @@ mod tests {
     fn memory_that_the_file_leaves_out_is_what_qemu_says() {
         let known = predict(&app(FILE), Policy::Sequential, &[]);
         let without = app(&FILE.replace("memory = \"100MB\", ", ""));
-        let measured = [Bytes(100_000_000), Bytes(1), Bytes(0)];
+        let measured = [Bytes(100_000_000), Bytes(1 << 40), Bytes(0)];
         assert_eq!(predict(&without, Policy::Sequential, &measured), known);
+        // Of a ballooned guest there is less than the file says.
+        let ballooned = [Bytes(50_000_000), Bytes(0), Bytes(0)];
+        let less = predict(&without, Policy::Sequential, &ballooned).expect("a plan");
+        let all = known.expect("a plan");
+        assert!(less.traffic_bytes < all.traffic_bytes, "{less:?}");
     }
 
     #[test]
