@@ -1,7 +1,8 @@
-"""The names that docs/protocol.md gives: commands, events, and the fields of a report."""
+"""What docs/protocol.md gives: the version, names of commands and events, the fields of a report."""
 
 import uuid
 
+PROTOCOL = {"major": 1, "minor": 6}
 COMMANDS = {
     "qmp_capabilities", "query-muster-schema", "query-status", "query-host", "query-vms",
     "query-vm", "query-settings", "query-run", "query-decision", "prepare", "start", "pace", "hold",
