@@ -126,6 +126,8 @@ pub struct Daemon {
     runs: BTreeMap<Uuid, Entry>,
     channels: HashMap<usize, Channel>,
     busy: Vec<usize>,
+    /// The end of a channel told a half something: what it does about that comes before the next wait.
+    stirred: bool,
     pacing: Hierarchy,
     leaves: HashMap<LeafId, HalfKey>,
     pace_at: Option<Instant>,
@@ -237,6 +239,7 @@ impl Daemon {
             runs: BTreeMap::new(),
             channels: HashMap::new(),
             busy: Vec::new(),
+            stirred: false,
             pacing,
             leaves: HashMap::new(),
             pace_at: None,
@@ -303,6 +306,7 @@ impl Daemon {
                 self.serve_client(now, client);
             }
             self.do_due(now);
+            self.stirred = false;
             self.reconcile(now);
             self.move_bytes(now);
             let timeout = self.timeout(now);
@@ -543,7 +547,7 @@ impl Daemon {
     }
 
     fn timeout(&self, now: Now) -> Duration {
-        if !self.busy.is_empty() || !self.eager_clients.is_empty() {
+        if self.stirred || !self.busy.is_empty() || !self.eager_clients.is_empty() {
             return Duration::ZERO;
         }
         let runs = self.runs.values().filter_map(|entry| entry.run.deadline());

@@ -386,6 +386,7 @@ impl Daemon {
         let half = self.channels.get(&id).and_then(|channel| channel.half);
         self.drop_channel(id);
         let Some(key) = half else { return };
+        self.stirred = true;
         // One broken channel breaks the stream: QEMU must see it on all of them.
         self.cut_stream(key);
         if let Some(entry) = self.runs.get_mut(&key.0) {
