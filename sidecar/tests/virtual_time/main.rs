@@ -434,3 +434,21 @@ fn an_operator_does_not_overrule_the_register() {
     assert_eq!(world.run.decision(), Some(Decision::Commit));
     assert_eq!(world.count("cont"), 0);
 }
+
+#[test]
+fn a_source_that_is_not_finalized_yet_is_continued_a_moment_later() {
+    for (refusals, goes_on) in [(3, true), (u32::MAX, false)] {
+        let mut world = World::source(true);
+        world.up_to(Phase::Switching);
+        world.qemu.not_finalized = refusals;
+        world.qemu.migrates("failed");
+        world.qemu.status = "finish-migrate".into();
+        world.pass(Duration::from_millis(500));
+        assert_eq!(world.qemu.status == "running", goes_on);
+        world.pass(Duration::from_secs(3));
+        let error = world.run.halves[0].report().error;
+        let is_told = error.is_some_and(|text| text.contains("cannot be continued"));
+        assert_eq!(is_told, !goes_on);
+        assert_eq!(world.phase() == Phase::RolledBack, goes_on);
+    }
+}

@@ -32,6 +32,8 @@ pub struct Qemu {
     pub jobs: BTreeMap<String, (u64, u64)>,
     /// NBD nodes.
     pub targets: Vec<String>,
+    /// So many `cont`s are refused.
+    pub not_finalized: u32,
     /// Jobs that were told to end stay.
     pub jobs_stay: bool,
     /// Its balloon, where it has one.
@@ -159,6 +161,7 @@ impl Qemu {
             disks: Vec::new(),
             jobs: BTreeMap::new(),
             targets: Vec::new(),
+            not_finalized: 0,
             jobs_stay: false,
             balloon: None,
             said: Vec::new(),
@@ -291,6 +294,10 @@ impl Qemu {
                     self.fails("cancelled");
                 }
                 json!({})
+            }
+            "cont" if self.not_finalized > 0 => {
+                self.not_finalized -= 1;
+                return Err("Migration is not finalized yet".into());
             }
             "cont" => {
                 self.status = "running".into();

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{ANSWER, ARM_SYNCS, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag, own_hold};
+use super::{
+    ANSWER, ARM_SYNCS, ARM_TIME, CONTINUE_AGAIN, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag,
+    own_hold,
+};
 use crate::commit::SourceHalf;
 use crate::hold::Sample;
 use crate::migration::identity::HoldBy;
@@ -129,7 +132,7 @@ impl Source {
                 self.restored();
             }
             Tag::Throttle(_) => self.half.fault(format!("throttle refused: {error}"), false),
-            Tag::Resume => self.fail(format!("the source cannot be continued: {error}"), false),
+            Tag::Resume => self.continue_refused(now, error),
             Tag::Ask(_) | Tag::SetCapabilities | Tag::SetParameters => {
                 self.fail(
                     format!("QEMU refused the set-up of the migration: {error}"),
@@ -140,6 +143,17 @@ impl Source {
                 }
             }
             _ => self.fail(format!("QEMU refused ({tag:?}): {error}"), false),
+        }
+    }
+
+    /// QEMU says that a migration has failed a moment before the VM leaves `finish-migrate`, and until
+    /// then it may not be continued (`qmp_cont` in monitor/qmp-cmds.c).
+    fn continue_refused(&mut self, now: Now, error: &str) {
+        let until = *self.continue_until.get_or_insert(now.mono + ANSWER);
+        if now.mono < until {
+            self.continue_at = Some(now.mono + CONTINUE_AGAIN);
+        } else {
+            self.fail(format!("the source cannot be continued: {error}"), false);
         }
     }
 
