@@ -4,6 +4,8 @@
 //! be done, lets the half do it, and says what the register is to be asked. [`Run::deadline`] is
 //! when it wants to be called again.
 
+mod note;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -14,9 +16,10 @@ use crate::hold::millis;
 use crate::migration::destination::Destination;
 use crate::migration::source::Source;
 use crate::migration::{Half, Now, Output};
-use crate::notes::{NOTE_VERSION, Note, NoteVm};
 use crate::protocol::event::{Envelope, Event};
-use crate::protocol::types::{Decision, Phase, RecordKey, RecordValue, Role, Side, VmReport};
+use crate::protocol::types::{Decision, Phase, RecordKey, RecordValue, Side, VmReport};
+
+pub use note::NotePlace;
 
 /// The coordinator is told to be silent after this time; it speaks every second.
 const SILENCE: Duration = Duration::from_millis(2500);
@@ -176,17 +179,6 @@ pub enum RunOutput {
     Ask(Ask),
     /// Every half is final: the note goes.
     Ended,
-}
-
-/// What the daemon knows of a half for its note.
-#[derive(Debug, Clone, Default)]
-pub struct NotePlace {
-    /// The monitor's path.
-    pub qmp: String,
-    /// The process, and its start time.
-    pub process: Option<(i32, u64)>,
-    /// Images that were made for it.
-    pub created: Vec<std::path::PathBuf>,
 }
 
 /// One run. See the module.
@@ -545,59 +537,5 @@ impl Run {
     #[must_use]
     pub fn ask_is_overdue(&self, now: Now) -> bool {
         self.asked.is_some_and(|(by, _)| by <= now.mono)
-    }
-
-    /// The note of this run; `place` adds what the daemon knows of each half: monitor's path and
-    /// process.
-    pub fn note(&self, mut place: impl FnMut(usize) -> NotePlace) -> Note {
-        let vms = self.halves.iter().enumerate().map(|(index, half)| {
-            let place = place(index);
-            let disks = match half {
-                VmHalf::Source(source) => source.disk_nodes(),
-                VmHalf::Destination(destination) => {
-                    let nodes = destination.disks().iter();
-                    nodes.map(|disk| disk.node.clone()).collect()
-                }
-            };
-            let balloon = match half {
-                VmHalf::Source(source) => source.balloon_kept().cloned(),
-                VmHalf::Destination(destination) => destination.balloon.clone(),
-            };
-            let (role, released, was_running, originals) = match half {
-                VmHalf::Source(source) => (
-                    Role::Source,
-                    source.note_released(),
-                    source.was_running,
-                    source.originals.clone(),
-                ),
-                VmHalf::Destination(destination) => {
-                    let originals = destination.originals.clone();
-                    (Role::Destination, true, destination.was_running, originals)
-                }
-            };
-            NoteVm {
-                vm: half.half().name.clone(),
-                uuid: half.half().uuid,
-                role,
-                qmp: place.qmp,
-                released,
-                was_running,
-                originals,
-                disks,
-                balloon,
-                created: place.created,
-                process: place.process,
-            }
-        });
-        Note {
-            version: NOTE_VERSION,
-            run: self.id,
-            epoch: self.epoch,
-            register: self.register.clone(),
-            lease_ms: millis(self.lease),
-            max_downtime_ms: millis(self.max_downtime),
-            hold: self.hold,
-            vms: vms.collect(),
-        }
     }
 }

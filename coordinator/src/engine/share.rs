@@ -16,12 +16,14 @@ use crate::scheduler::allot::{Allotment, Moving, allot, bulk};
 const PACE_INTERVAL: Duration = Duration::from_millis(200);
 /// Shares are sent again when one has changed by more than this.
 const PACE_CHANGE: f64 = 0.05;
-/// Bulk copies are reported, and their shares corrected, so often in the end.
-const CLOSING_INTERVAL: Duration = Duration::from_millis(50);
-/// That begins when so much time is left.
-const CLOSING: f64 = 3.0;
 /// The same in the bulk copy, whose VMs are to end together.
 const BULK_PACE_CHANGE: f64 = 0.01;
+/// Bulk copies are reported, and their shares corrected, so often in the end.
+const CLOSING_INTERVAL: Duration = Duration::from_millis(50);
+/// That begins when so many seconds are left.
+const CLOSING: f64 = 3.0;
+/// A report that comes so much early counts as one of its interval.
+const EARLY: Duration = Duration::from_millis(5);
 /// Smallest weight sent: everybody gets something. Weights are shares in percent.
 const MIN_WEIGHT: f64 = 1.0;
 
@@ -73,7 +75,7 @@ impl GroupRun {
                 true => CLOSING_INTERVAL,
                 false => PACE_INTERVAL,
             };
-            if !changed || now + Duration::from_millis(5) < *at + interval {
+            if !changed || now + EARLY < *at + interval {
                 return;
             }
         }

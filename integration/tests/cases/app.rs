@@ -70,7 +70,8 @@ pub fn wan() -> Result<()> {
         ensure!(found >= rtt, "{found:?} is less than {rtt:?}");
         ensure!(found < rtt + open + rtt / 4, "{found:?} for {rtt:?}");
         let (before, began) = (wan.count(0, 1).bytes, Instant::now());
-        let carried = throughput(a, b, MEASURE)?.rate;
+        let flow = throughput(a, b, MEASURE)?;
+        let carried = flow.rate;
         // A frame counts when it is let into the queue: as much as fits is ahead of the line.
         let within = began.elapsed() + queue;
         let bytes = wan.count(0, 1).bytes - before;
@@ -79,6 +80,8 @@ pub fn wan() -> Result<()> {
             bytes <= asked.in_time(within).0 + FRAME,
             "{bytes} bytes within {within:?} are more than {asked}"
         );
+        // Nothing came that was not counted.
+        ensure!(flow.payload.0 <= bytes, "{} of {bytes} bytes", flow.payload);
         // Windows grow for a while. Much was received already when a late receiver comes to read: so
         // there is no upper bound for what it counts.
         ensure!(carried.0 >= asked.0 / 2, "{carried} of {asked}");

@@ -14,7 +14,8 @@ use crate::migration::destination::Destination;
 use crate::migration::source::{Settings, Source};
 use crate::protocol::codec::{CommandError, Request};
 use crate::protocol::command::{
-    Command, DecideArgs, PrepareArgs, PrepareBalloon, PrepareVm, RecoverArgs, StartArgs, VmArgs,
+    BALLOON_WAIT_MS, Command, DecideArgs, PrepareArgs, PrepareBalloon, PrepareVm, RESERVE_BYTES,
+    RecoverArgs, StartArgs, VmArgs,
 };
 use crate::protocol::types::{RecordKey, RecordValue, Role, Transport};
 use crate::relay::hello::Token as StreamToken;
@@ -26,9 +27,6 @@ const MAX_VMS: usize = 256;
 const MAX_SCHEDULED: usize = 256;
 /// Local disks of a VM.
 const MAX_DISKS: usize = 16;
-/// What a ballooned guest keeps beyond what it uses, in bytes.
-const MIN_RESERVE: u64 = 1 << 20;
-const MAX_RESERVE: u64 = 1 << 40;
 /// How far ahead that time may be.
 const MAX_AHEAD: Duration = Duration::from_secs(86_400);
 
@@ -544,8 +542,7 @@ impl Daemon {
 
 fn check_balloon(vm: &PrepareVm) -> Result<(), CommandError> {
     let good = |balloon: PrepareBalloon| {
-        (MIN_RESERVE..=MAX_RESERVE).contains(&balloon.reserve_bytes)
-            && (100..=60_000).contains(&balloon.wait_ms)
+        RESERVE_BYTES.contains(&balloon.reserve_bytes) && BALLOON_WAIT_MS.contains(&balloon.wait_ms)
     };
     if vm.balloon.is_some_and(|balloon| !good(balloon)) {
         let name = &vm.vm;

@@ -90,7 +90,6 @@ impl Daemon {
             self.slots.remove(&qemu.token);
         }
         let Some((run, half)) = key else { return };
-        self.stirred = true;
         match self.runs.get_mut(&run).map(|e| &mut e.run.halves[half]) {
             Some(VmHalf::Source(source)) => source.disk_sealed(now),
             Some(VmHalf::Destination(destination)) => destination.disk_finished(now),
@@ -103,7 +102,6 @@ impl Daemon {
         let half = self.channels.get(&id).and_then(|channel| channel.half);
         self.drop_channel(id);
         let Some(key) = half else { return };
-        self.stirred = true;
         self.cut_stream(key);
         if let Some(entry) = self.runs.get_mut(&key.0) {
             entry.run.halves[key.1].fail(

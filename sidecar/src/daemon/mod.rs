@@ -126,7 +126,7 @@ pub struct Daemon {
     runs: BTreeMap<Uuid, Entry>,
     channels: HashMap<usize, Channel>,
     busy: Vec<usize>,
-    /// The end of a channel told a half something: what it does about that comes before the next wait.
+    /// A channel told a half something: what it does about that comes before the next wait.
     stirred: bool,
     pacing: Hierarchy,
     leaves: HashMap<LeafId, HalfKey>,
@@ -466,10 +466,9 @@ impl Daemon {
                     Output::CutStream => self.cut_stream(key),
                     Output::OpenAckGate => self.open_gate(key),
                     Output::Unpace => self.unpace(now, key),
-                    Output::Alarm(text) => {
-                        log(&text);
-                        self.alarms.push(text);
-                    }
+                    Output::Alarm { text, lasts: true } => self.alarm(text),
+                    // It goes with its run.
+                    Output::Alarm { text, .. } => self.alarm(format!("run {run}: {text}")),
                     Output::SaveNote => {
                         let number = self.save_note(run);
                         if let Some(entry) = self.runs.get_mut(&run) {
@@ -478,6 +477,13 @@ impl Daemon {
                     }
                 }
             }
+        }
+    }
+
+    fn alarm(&mut self, text: String) {
+        log(&text);
+        if !self.alarms.contains(&text) {
+            self.alarms.push(text);
         }
     }
 

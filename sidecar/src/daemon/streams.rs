@@ -364,6 +364,7 @@ impl Daemon {
         let step = channel.step(now.mono);
         let half = channel.half;
         let stalled = channel.stalled(now.mono);
+        self.stirred |= !matches!(step, Step::Fine | Step::More);
         match step {
             Step::Fine => {
                 if let Some(reason) = stalled {

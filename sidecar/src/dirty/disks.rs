@@ -13,12 +13,11 @@ use serde_json::{Value, json};
 
 use super::{Measurement, RATES, Tag, whole};
 use crate::migration::Now;
+use crate::migration::disks::bitmap;
 use crate::protocol::dirty::{DirtyDisk, DirtyEnd, DirtyRound};
 
 const RATE: &str = "muster-measured-rate";
 const SET: &str = "muster-measured-set";
-/// Of the bitmaps, as of those of a move.
-const GRANULARITY: u64 = 4096;
 /// No guest has more.
 const MAX_DISKS: usize = 64;
 
@@ -84,11 +83,9 @@ impl Measurement {
 
     fn track_disk(&mut self, now: Now, node: &str) {
         for name in [RATE, SET] {
-            let stale = json!({ "node": node, "name": name });
+            let stale = bitmap::named(node, name);
             self.send(now, Tag::RemoveStale, "block-dirty-bitmap-remove", stale);
-            let arguments = json!({
-                "node": node, "name": name, "granularity": GRANULARITY, "persistent": false,
-            });
+            let arguments = bitmap::to_add(node, name);
             self.send(now, Tag::Bitmap, "block-dirty-bitmap-add", arguments);
         }
     }
@@ -115,12 +112,8 @@ impl Measurement {
         let since = self.disks.since.replace(now.mono).unwrap_or(now.mono);
         let mut counted = Vec::new();
         for disk in &mut self.disks.disks {
-            let mut nodes = nodes.as_array().into_iter().flatten();
-            let node = nodes.find(|node| node["node-name"].as_str() == Some(&disk.node));
-            let count = |name: &str| {
-                let mut bitmaps = node?["dirty-bitmaps"].as_array()?.iter();
-                bitmaps.find(|map| map["name"].as_str() == Some(name))?["count"].as_u64()
-            };
+            let node = bitmap::find_node(nodes, &disk.node);
+            let count = |name: &str| bitmap::count(node?, name);
             if let (Some(dirtied), Some(set)) = (count(RATE), count(SET)) {
                 disk.rate.add(Pages(dirtied), now.mono - since);
                 disk.set_bytes = set;
@@ -128,7 +121,7 @@ impl Measurement {
             }
         }
         for node in counted {
-            let arguments = json!({ "node": node, "name": RATE });
+            let arguments = bitmap::named(&node, RATE);
             self.send(now, Tag::Bitmap, "block-dirty-bitmap-clear", arguments);
         }
         round.disks = self.disks.disks.iter().map(Disk::report).collect();
@@ -142,7 +135,7 @@ impl Measurement {
         }
         for disk in std::mem::take(&mut self.disks.disks) {
             for name in [RATE, SET] {
-                let arguments = json!({ "node": disk.node, "name": name });
+                let arguments = bitmap::named(&disk.node, name);
                 self.send(now, Tag::Remove, "block-dirty-bitmap-remove", arguments);
                 self.disks.to_remove += 1;
             }

@@ -67,7 +67,12 @@ pub enum Output {
     /// Write the run's note to disk and answer with `note_saved`.
     SaveNote,
     /// A person has something to do: keep it where the operator looks.
-    Alarm(String),
+    Alarm {
+        /// What, in one line.
+        text: String,
+        /// Whether it is still to be done when the run has ended.
+        lasts: bool,
+    },
 }
 
 /// What both halves have in common: who it is, where it stands, what is to be told.

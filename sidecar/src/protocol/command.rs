@@ -1,6 +1,7 @@
 //! The commands of the control protocol and their arguments.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,11 @@ pub struct PrepareVm {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<PrepareBalloon>,
 }
+
+/// Allowed for [`PrepareBalloon::reserve_bytes`].
+pub const RESERVE_BYTES: RangeInclusive<u64> = 1 << 20..=1 << 40;
+/// Allowed for [`PrepareBalloon::wait_ms`].
+pub const BALLOON_WAIT_MS: RangeInclusive<u64> = 100..=60_000;
 
 /// How a VM is ballooned, in `prepare`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

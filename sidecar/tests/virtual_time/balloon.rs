@@ -293,8 +293,7 @@ fn a_destination_that_is_not_heard_tries_again_and_then_asks_for_a_person() {
     );
     world.pass(Duration::from_secs(20));
     assert_eq!(world.phase(), Phase::Committed);
-    let alarm =
-        |output: &Output| matches!(output, Output::Alarm(text) if text.contains("268435456"));
+    let alarm = |output: &Output| matches!(output, Output::Alarm { text, lasts: true } if text.contains("268435456"));
     assert!(world.outputs.iter().any(alarm));
     let told = world.dst().report().balloon.expect("told");
     assert!(!told.given_back && told.notice.is_some());

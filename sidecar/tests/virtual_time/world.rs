@@ -171,7 +171,7 @@ impl World {
                     | Output::AcceptStream
                     | Output::WriteBack
                     | Output::SealDisks => {}
-                    Output::RunHook | Output::Alarm(_) => {}
+                    Output::RunHook | Output::Alarm { .. } => {}
                     Output::ListenDisks => self.src().disks_listening(now, "/run/db.mirror"),
                 }
                 self.outputs.push(output);

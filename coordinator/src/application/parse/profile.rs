@@ -1,8 +1,7 @@
 //! Quantities that a machine can have, and what `[[vm]]` says of a VM's load.
 
-use std::ops::RangeInclusive;
-
 use rate_limiter::{Bytes, BytesPerSecond};
+use sidecar::protocol::command::RESERVE_BYTES;
 
 use super::{RATE, SIZE};
 use crate::application::VmProfile;
@@ -66,9 +65,8 @@ pub(super) fn read_balloon_reserve(
     reader: &mut TableReader<'_, '_>,
     problems: &mut Problems<'_>,
 ) -> Option<Bytes> {
-    const ALLOWED: RangeInclusive<Bytes> = Bytes(1 << 20)..=Bytes(1 << 40);
     let found = reader.parsed::<Bytes>(problems, "balloon-reserve", SIZE)?;
-    if !ALLOWED.contains(&found.value) {
+    if !RESERVE_BYTES.contains(&found.value.0) {
         let text = format!(
             "`balloon-reserve` in {} is {}; expected 1 MiB to 1 TiB",
             reader.name, found.value

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sidecar::protocol::command::Termination;
+use sidecar::protocol::command::{BALLOON_WAIT_MS, Termination};
 
 use super::profile::{positive_rate, rate, read_balloon_reserve};
 use super::{RATE, host_named};
@@ -187,7 +187,12 @@ fn read_ballooning(reader: &mut TableReader<'_, '_>, problems: &mut Problems<'_>
         on: reader.boolean(problems, "balloon").unwrap_or(usual.on),
         reserve: read_balloon_reserve(reader, problems).unwrap_or(usual.reserve),
         wait: reader
-            .duration(problems, "balloon-wait", 100 * MS..60_001 * MS)
+            .duration(
+                problems,
+                "balloon-wait",
+                Duration::from_millis(*BALLOON_WAIT_MS.start())
+                    ..Duration::from_millis(BALLOON_WAIT_MS.end() + 1),
+            )
             .unwrap_or(usual.wait),
     }
 }

@@ -40,7 +40,8 @@ impl Destination {
     pub(super) fn tick_balloon(&mut self, now: Now) {
         if let Some(alarm) = self.give_back.tick(now.mono) {
             let vm = &self.half.name;
-            self.half.put(Output::Alarm(format!("VM `{vm}`: {alarm}")));
+            let text = format!("VM `{vm}`: {alarm}");
+            self.half.put(Output::Alarm { text, lasts: true });
         }
         self.drive_balloon(now);
     }

@@ -19,6 +19,7 @@
 //! [`source::Mirrors`] and [`destination::Exports`] are without I/O: answers and events in, commands
 //! out. The halves of the VM own them and send what they ask for.
 
+pub mod bitmap;
 mod brake;
 pub mod destination;
 pub mod source;

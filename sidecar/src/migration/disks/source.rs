@@ -1,26 +1,23 @@
 //! The source's side: one mirror job for each disk, from `blockdev-add` to its end.
 
 mod giving_up;
+mod left;
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::bitmap::GRANULARITY;
 use super::brake::Brake;
 use super::written::{COUNT, Written};
 use super::{Ask, check_node};
 use crate::protocol::command::PrepareDisk;
-use crate::protocol::types::{Chain, CopyMode, DiskInfo, DiskReport};
+use crate::protocol::types::{Chain, CopyMode, DiskInfo};
 
 /// How often the jobs are looked at.
 const POLL: Duration = Duration::from_millis(100);
 /// … while the VM is about to stop.
 const QUICK_POLL: Duration = Duration::from_millis(10);
-/// Of the dirty bitmap: with the default of 64 KiB small writes are sent many times over.
-pub(super) const GRANULARITY: u64 = 4096;
-/// Of what is left to copy one part in so many at least is to be sent: what is known of holes is not
-/// exact.
-const MOST_HOLES: u64 = 16;
 /// What a mirror for whose copy the guest's writes wait has on its way at most: a write waits behind it,
 /// as long as the link needs for it. QEMU would send 10 MiB ahead.
 const WRITE_BLOCKING_AHEAD: u64 = 2 << 20;
@@ -217,27 +214,6 @@ impl Mirrors {
         self.is_empty() || matches!(self.stage, Stage::Idle | Stage::Gone | Stage::Sealed)
     }
 
-    /// What is still to be sent: what is not copied, less the holes in it as far as they are known.
-    /// Where they lie QEMU does not say, so this is what the images hold, and what was written again,
-    /// less what has gone.
-    #[must_use]
-    pub fn left_bytes(&self) -> u64 {
-        let left: u64 = self.disks.iter().map(Mirror::left_bytes).sum();
-        let mut to_send: u64 = 0;
-        for disk in &self.disks {
-            let Some(allocated) = disk.written.allocated_bytes else {
-                return left;
-            };
-            let again = disk.len.saturating_sub(disk.size_bytes);
-            to_send = to_send.saturating_add(allocated.min(disk.size_bytes) + again);
-        }
-        if self.disks.iter().all(|disk| disk.ready) {
-            return left;
-        }
-        let to_send = to_send.saturating_sub(self.sent_bytes);
-        to_send.clamp(left / MOST_HOLES, left)
-    }
-
     /// How fast the guest writes to them.
     #[must_use]
     pub fn dirty_rate_bytes_per_s(&self) -> u64 {
@@ -271,27 +247,6 @@ impl Mirrors {
                 self.ask(Tag::HoldBack(index), "block-job-resume", arguments);
             }
         }
-    }
-
-    /// What `report`s say of them.
-    #[must_use]
-    pub fn reports(&self) -> Vec<DiskReport> {
-        let copied: u64 = self.disks.iter().map(Mirror::left_bytes).sum();
-        // Holes are known of all together.
-        let part = |left: u64| {
-            let part = u128::from(left) * u128::from(self.left_bytes()) / u128::from(copied.max(1));
-            u64::try_from(part).unwrap_or(left)
-        };
-        let report = |disk: &Mirror| DiskReport {
-            node: disk.node.clone(),
-            size_bytes: disk.size_bytes,
-            copied_bytes: disk.offset,
-            remaining_bytes: part(disk.left_bytes()),
-            ready: disk.ready,
-            dirty_rate_bytes_per_s: disk.written.rate_bytes_per_s,
-            dirty_set_bytes: disk.written.set_bytes,
-        };
-        self.disks.iter().map(report).collect()
     }
 
     /// Commands to be sent, in order.
@@ -516,19 +471,6 @@ impl Mirrors {
         }
     }
 
-    /// How much of the images is no hole.
-    pub(super) fn read_images(&mut self, nodes: &Value) {
-        for disk in &mut self.disks {
-            let mut nodes = nodes.as_array().into_iter().flatten();
-            let node = nodes.find(|node| node["node-name"].as_str() == Some(&disk.node));
-            let Some(node) = node else { continue };
-            let is_layered = node["backing_file_depth"].as_u64() != Some(0);
-            let is_known = disk.chain == Chain::Keep || !is_layered;
-            let allocated = node["image"]["actual-size"].as_u64();
-            disk.written.allocated_bytes = allocated.filter(|_| is_known);
-        }
-    }
-
     fn read_jobs(&mut self, value: &Value) {
         for (index, disk) in self.disks.iter_mut().enumerate() {
             let jobs = || value.as_array().into_iter().flatten();
@@ -596,12 +538,6 @@ impl Mirrors {
 }
 
 impl Mirror {
-    /// What is still to be copied: as its job says, or as the bitmaps do where it does nothing.
-    fn left_bytes(&self) -> u64 {
-        let left = self.len.saturating_sub(self.offset);
-        left.max(self.written.unsent_bytes.unwrap_or(0))
-    }
-
     fn take_progress(&mut self, data: &Value) {
         if let (Some(offset), Some(len)) = (data["offset"].as_u64(), data["len"].as_u64()) {
             self.offset = offset;

@@ -6,9 +6,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::source::{GRANULARITY, Mirrors, Tag};
+use super::bitmap;
+use super::source::{Mirrors, Tag};
 
 /// How often they are read.
 pub(super) const COUNT: Duration = Duration::from_secs(1);
@@ -34,9 +35,7 @@ impl Mirrors {
     pub(super) fn track(&mut self) {
         for (index, node) in self.written_nodes() {
             for name in [RATE, SET] {
-                let arguments = json!({
-                    "node": node, "name": name, "granularity": GRANULARITY, "persistent": false,
-                });
+                let arguments = bitmap::to_add(&node, name);
                 self.ask(Tag::Track(index), "block-dirty-bitmap-add", arguments);
             }
         }
@@ -46,7 +45,7 @@ impl Mirrors {
     pub(super) fn untrack(&mut self) {
         for (index, node) in self.written_nodes() {
             for name in [RATE, SET] {
-                let arguments = json!({ "node": node, "name": name });
+                let arguments = bitmap::named(&node, name);
                 self.ask(Tag::Untrack(index), "block-dirty-bitmap-remove", arguments);
             }
         }
@@ -56,37 +55,21 @@ impl Mirrors {
     pub(super) fn counted(&mut self, now: Instant, nodes: &Value) {
         self.read_images(nodes);
         for (index, name) in self.written_nodes() {
-            let mut nodes = nodes.as_array().into_iter().flatten();
-            let Some(node) = nodes.find(|node| node["node-name"].as_str() == Some(&name)) else {
+            let Some(node) = bitmap::find_node(nodes, &name) else {
                 continue;
             };
-            let mut bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
             let held_back = self.are_held_back();
             let disk = self.disk(index);
-            let mut read = Written {
-                since: Some(now),
-                ..*disk
-            };
-            read.unsent_bytes = None;
-            let mut reset = false;
-            for bitmap in bitmaps.by_ref() {
-                let count = bitmap["count"].as_u64().unwrap_or(0);
-                match bitmap["name"].as_str() {
-                    Some(RATE) => {
-                        if let Some(since) = disk.since {
-                            let ms = u64::try_from((now - since).as_millis()).unwrap_or(u64::MAX);
-                            read.rate_bytes_per_s = count.saturating_mul(1000) / ms.max(1);
-                        }
-                        reset = true;
-                    }
-                    Some(SET) => read.set_bytes = count,
-                    None | Some("") if held_back => read.unsent_bytes = Some(count),
-                    _ => {}
-                }
+            let rewritten = bitmap::count(node, RATE);
+            if let (Some(count), Some(since)) = (rewritten, disk.since) {
+                let ms = u64::try_from((now - since).as_millis()).unwrap_or(u64::MAX);
+                disk.rate_bytes_per_s = count.saturating_mul(1000) / ms.max(1);
             }
-            *disk = read;
-            if reset {
-                let arguments = json!({ "node": name, "name": RATE });
+            disk.set_bytes = bitmap::count(node, SET).unwrap_or(disk.set_bytes);
+            disk.unsent_bytes = bitmap::count(node, "").filter(|_| held_back);
+            disk.since = Some(now);
+            if rewritten.is_some() {
+                let arguments = bitmap::named(&name, RATE);
                 self.ask(Tag::Reset(index), "block-dirty-bitmap-clear", arguments);
             }
         }

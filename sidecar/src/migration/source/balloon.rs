@@ -35,7 +35,8 @@ impl Source {
         if self.balloon_deadline().is_some_and(|at| at <= now.mono) {
             if let Some(alarm) = self.balloon.tick(now.mono) {
                 let vm = &self.half.name;
-                self.half.put(Output::Alarm(format!("VM `{vm}`: {alarm}")));
+                let text = format!("VM `{vm}`: {alarm}");
+                self.half.put(Output::Alarm { text, lasts: true });
             }
             self.drive_balloon(now);
         }
@@ -43,8 +44,11 @@ impl Source {
 
     /// Sends what the balloon asks for, and does what it allows.
     pub(super) fn drive_balloon(&mut self, now: Now) {
-        for ask in self.balloon.take_commands() {
-            self.send(now, Tag::Balloon(ask.tag), ask.command, ask.arguments);
+        // An answer that was on its way may ask for something, too: that waits.
+        if !self.leaves_balloon() {
+            for ask in self.balloon.take_commands() {
+                self.send(now, Tag::Balloon(ask.tag), ask.command, ask.arguments);
+            }
         }
         if self.balloon.take_note() {
             self.after_note = Some(AfterNote::Balloon);

@@ -34,6 +34,7 @@ use crate::hold::{HoldPacer, Rounds, Sample};
 use crate::protocol::command::{PrepareBalloon, PrepareDisk, Termination};
 use crate::protocol::types::{Phase, Role, Transport, VmReport};
 use crate::qmp::QmpClient;
+use settle::Continuing;
 
 /// How often a migration is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -41,8 +42,6 @@ const POLL: Duration = Duration::from_millis(100);
 const QUICK_POLL: Duration = Duration::from_millis(10);
 /// After the migration ended and the VM's run state does not tell it yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
-/// `cont` that was refused is said again after this time.
-const CONTINUE_AGAIN: Duration = Duration::from_millis(5);
 /// How long QEMU may take to answer anything but in stop-and-copy.
 const ANSWER: Duration = Duration::from_secs(2);
 /// After `arm`, what remains is reported once QEMU has synchronised so often: one that was paced
@@ -180,9 +179,8 @@ pub struct Source {
     remaining_at_release: Option<u64>,
     next_poll: Option<Instant>,
     look_at_end: Option<Instant>,
-    /// `cont` was refused: when it is said again, and until when.
-    continue_at: Option<Instant>,
-    continue_until: Option<Instant>,
+    /// `cont` was refused.
+    continuing: Option<Continuing>,
     pacer: Option<HoldPacer>,
     /// Since when it is armed, and how often QEMU had synchronised when that was first looked at.
     armed_at: Option<(Instant, Option<u64>)>,
@@ -245,8 +243,7 @@ impl Source {
             remaining_at_release: None,
             next_poll: None,
             look_at_end: None,
-            continue_at: None,
-            continue_until: None,
+            continuing: None,
             pacer: None,
             armed_at: None,
             next_armed: None,
@@ -521,7 +518,7 @@ impl Source {
             qmp,
             self.next_poll,
             self.look_at_end,
-            self.continue_at,
+            self.continuing.and_then(|again| again.at),
             self.release_by,
             self.switch_by,
             self.reconnect_at,
@@ -540,10 +537,7 @@ impl Source {
             self.look_at_end = None;
             self.send(now, Tag::Ended, "query-status", Value::Null);
         }
-        if self.continue_at.is_some_and(|at| at <= now.mono) {
-            self.continue_at = None;
-            self.send(now, Tag::Resume, "cont", Value::Null);
-        }
+        self.continue_again(now);
         if self.next_poll.is_some_and(|at| at <= now.mono) {
             let interval = if self.half.phase() == Phase::Armed {
                 QUICK_POLL

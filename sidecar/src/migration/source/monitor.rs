@@ -4,10 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{
-    ANSWER, ARM_SYNCS, ARM_TIME, CONTINUE_AGAIN, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag,
-    own_hold,
-};
+use super::{ANSWER, ARM_SYNCS, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, Tag, own_hold};
 use crate::commit::SourceHalf;
 use crate::hold::Sample;
 use crate::migration::identity::HoldBy;
@@ -88,7 +85,10 @@ impl Source {
                 }
             }
             Tag::Ended => self.ended(now, value["status"].as_str().unwrap_or_default()),
-            Tag::Resume => self.send(now, Tag::Ended, "query-status", Value::Null),
+            Tag::Resume => {
+                self.continuing = None;
+                self.send(now, Tag::Ended, "query-status", Value::Null);
+            }
             Tag::RestoreCapabilities | Tag::RestoreParameters => self.restored(),
             Tag::Disk(tag) => {
                 self.mirrors.replied(now.mono, tag, value);
@@ -143,17 +143,6 @@ impl Source {
                 }
             }
             _ => self.fail(format!("QEMU refused ({tag:?}): {error}"), false),
-        }
-    }
-
-    /// QEMU says that a migration has failed a moment before the VM leaves `finish-migrate`, and until
-    /// then it may not be continued (`qmp_cont` in monitor/qmp-cmds.c).
-    fn continue_refused(&mut self, now: Now, error: &str) {
-        let until = *self.continue_until.get_or_insert(now.mono + ANSWER);
-        if now.mono < until {
-            self.continue_at = Some(now.mono + CONTINUE_AGAIN);
-        } else {
-            self.fail(format!("the source cannot be continued: {error}"), false);
         }
     }
 

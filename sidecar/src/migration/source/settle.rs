@@ -1,5 +1,7 @@
 //! The way out: what `commit` says is done here, and what was changed is put back.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 
 use super::{ANSWER, Source, Tag};
@@ -7,7 +9,48 @@ use crate::commit::{Next, SourceHalf};
 use crate::migration::{Now, Output};
 use crate::protocol::types::Phase;
 
+/// `cont` that was refused is said again after this time …
+const AGAIN: Duration = Duration::from_millis(5);
+/// … and, when that has been of no use for long enough to be told, after this one.
+const AGAIN_LATER: Duration = Duration::from_secs(1);
+
+/// A VM that QEMU does not let go on yet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Continuing {
+    /// When `cont` is said again; nothing while its answer is awaited.
+    pub(super) at: Option<Instant>,
+    /// When somebody is to be told, if nobody was.
+    alarm_at: Option<Instant>,
+}
+
 impl Source {
+    /// QEMU says that a migration has failed a moment before the VM leaves `finish-migrate`, and until
+    /// then it may not be continued (`qmp_cont` in monitor/qmp-cmds.c).
+    pub(super) fn continue_refused(&mut self, now: Now, error: &str) {
+        let again = self.continuing.get_or_insert(Continuing {
+            at: None,
+            alarm_at: Some(now.mono + ANSWER),
+        });
+        let is_late = again.alarm_at.is_none_or(|at| at <= now.mono);
+        again.at = Some(now.mono + if is_late { AGAIN_LATER } else { AGAIN });
+        if is_late && again.alarm_at.take().is_some() {
+            let vm = &self.half.name;
+            let text = format!(
+                "VM `{vm}` is paused and is to run here, but QEMU does not continue it ({error}): see \
+                 its log; it is tried every second"
+            );
+            self.half.put(Output::Alarm { text, lasts: false });
+            self.fail(format!("the source cannot be continued: {error}"), false);
+        }
+    }
+
+    pub(super) fn continue_again(&mut self, now: Now) {
+        let due = |again: &mut Continuing| again.at.take_if(|at| *at <= now.mono);
+        if self.continuing.as_mut().and_then(due).is_some() {
+            self.send(now, Tag::Resume, "cont", Value::Null);
+        }
+    }
+
     /// Carries out what `commit` says.
     pub fn perform(&mut self, now: Now, next: Next) {
         match next {
