@@ -23,7 +23,7 @@ use super::balloon::{self as ballooning, Kept};
 use super::disks::destination::{self as export, Exports};
 use super::identity::{Identity, Question};
 use super::source::Settings;
-use super::{Half, Now, Output, STREAM_FD};
+use super::{HEALTH, Half, Now, Output, STREAM_FD};
 use crate::commit::{DestinationHalf, Next};
 use crate::config::DiskConfig;
 use crate::protocol::command::PrepareDisk;
@@ -35,8 +35,6 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// The incoming QEMU's monitor opens within this time.
 const START_DEADLINE: Duration = Duration::from_secs(10);
 const RECONNECT: Duration = Duration::from_millis(20);
-/// How often an incoming QEMU is asked whether it is alive.
-const HEALTH: Duration = Duration::from_millis(500);
 /// How often its run state is asked between `completed` and `paused`, and after `cont`.
 const SETTLE: Duration = Duration::from_millis(3);
 /// After `quit`, the process is killed when it is still there.

@@ -13,7 +13,7 @@ pub mod disks;
 pub mod identity;
 pub mod source;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -23,6 +23,9 @@ use crate::protocol::types::{Phase, PhaseEntry, Role, Side, Transport, VmReport}
 
 /// The name under which a QEMU gets the socket of its stream.
 pub const STREAM_FD: &str = "muster-stream";
+/// How often a QEMU that only waits for its part is asked whether it is alive: one that hangs is
+/// noticed before anybody needs it.
+const HEALTH: Duration = Duration::from_millis(500);
 
 /// The time, on both clocks: one for deadlines, one for people.
 #[derive(Debug, Clone, Copy)]

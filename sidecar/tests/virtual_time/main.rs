@@ -180,7 +180,8 @@ fn without_a_register_it_stays_paused_and_in_doubt() {
 
 #[test]
 fn a_hanging_qemu_is_noticed_within_three_seconds() {
-    for phase in [Phase::Precopy, Phase::Held, Phase::Armed] {
+    let phases = [Phase::Prepared, Phase::Precopy, Phase::Held, Phase::Armed];
+    for phase in phases {
         let mut world = World::source(true);
         world.up_to(phase);
         world.qemu.hung = true;

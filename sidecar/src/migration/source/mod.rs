@@ -28,7 +28,7 @@ use super::balloon::inflate::Balloon;
 use super::balloon::{self as ballooning, Kept};
 use super::disks::source::{self as mirror, Mirrors};
 use super::identity::{HoldBy, Identity, Question};
-use super::{Half, Now, Output};
+use super::{HEALTH, Half, Now, Output};
 use crate::commit::SourceHalf;
 use crate::hold::{HoldPacer, Rounds, Sample};
 use crate::protocol::command::{PrepareBalloon, PrepareDisk, Termination};
@@ -90,6 +90,8 @@ pub enum Tag {
     Start,
     /// `closefd` after a `migrate` that was refused.
     TakeBack,
+    /// `query-status`, periodically, until pre-copy begins.
+    Health,
     /// `query-migrate`, periodically.
     Poll,
     /// `query-migrate` just after the VM was paused.
@@ -539,14 +541,14 @@ impl Source {
         }
         self.continue_again(now);
         if self.next_poll.is_some_and(|at| at <= now.mono) {
-            let interval = if self.half.phase() == Phase::Armed {
-                QUICK_POLL
-            } else {
-                POLL
+            let (interval, tag, command) = match self.half.phase() {
+                Phase::Prepared => (HEALTH, Tag::Health, "query-status"),
+                Phase::Armed => (QUICK_POLL, Tag::Poll, "query-migrate"),
+                _ => (POLL, Tag::Poll, "query-migrate"),
             };
             self.next_poll = Some(now.mono + interval);
             if self.qmp.as_ref().is_some_and(QmpClient::is_quiet) {
-                self.send(now, Tag::Poll, "query-migrate", Value::Null);
+                self.send(now, tag, command, Value::Null);
             }
         }
         if self.reconnect_at.is_some_and(|at| at <= now.mono) {

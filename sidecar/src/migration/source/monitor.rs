@@ -8,7 +8,7 @@ use super::{ANSWER, ARM_SYNCS, ARM_TIME, LOOK_AGAIN, POLL, QUICK_POLL, Source, T
 use crate::commit::SourceHalf;
 use crate::hold::Sample;
 use crate::migration::identity::HoldBy;
-use crate::migration::{Now, Output, STREAM_FD};
+use crate::migration::{HEALTH, Now, Output, STREAM_FD};
 use crate::protocol::event::Event;
 use crate::protocol::types::{HoldReason, Phase, Role, Transport};
 use crate::qmp::QmpMessage;
@@ -53,6 +53,7 @@ impl Source {
             }
             Tag::SetParameters if self.half.phase() == Phase::Preparing => {
                 self.half.enter(now, Phase::Prepared);
+                self.next_poll = Some(now.mono + HEALTH);
                 self.tell_prepared();
             }
             Tag::Poll => self.polled(now, value),
@@ -117,7 +118,13 @@ impl Source {
                 self.balloon.refused(now, tag, error);
                 self.drive_balloon(now);
             }
-            Tag::Tune | Tag::Yank | Tag::Quit | Tag::Poll | Tag::TakeBack | Tag::Disarm => {}
+            Tag::Tune
+            | Tag::Yank
+            | Tag::Quit
+            | Tag::Health
+            | Tag::Poll
+            | Tag::TakeBack
+            | Tag::Disarm => {}
             Tag::Start if self.half.transport == Transport::Direct => {
                 let name = json!({ "fdname": STREAM_FD });
                 self.send(now, Tag::TakeBack, "closefd", name);
