@@ -446,6 +446,7 @@ impl Source {
     pub fn qmp_connected(&mut self, now: Now) {
         self.qmp = Some(QmpClient::new(now.mono));
         self.reconnect_at = None;
+        self.mirrors.reconnected(now.mono);
     }
 
     /// The monitor could not be connected, or its connection ended.

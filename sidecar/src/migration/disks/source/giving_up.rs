@@ -17,18 +17,31 @@ impl Mirrors {
         match self.stage {
             Stage::Idle => self.stage = Stage::Gone,
             Stage::Gone | Stage::Leaving { .. } => {}
-            Stage::Sealed => self.release_guest(),
-            _ => {
+            stage => {
                 self.stage = Stage::Leaving { since: Some(now) };
                 self.problem = None;
                 for index in 0..self.disks.len() {
-                    let arguments = json!({ "device": job(index), "force": true });
-                    self.ask(Tag::Cancel(index), "block-job-cancel", arguments);
+                    // Jobs and nodes of those that were sealed are gone.
+                    self.disks[index].removed |= stage == Stage::Sealed;
+                    if !self.disks[index].removed {
+                        let arguments = json!({ "device": job(index), "force": true });
+                        self.ask(Tag::Cancel(index), "block-job-cancel", arguments);
+                    }
                 }
+                self.release_guest();
+                // Answers come in order: with this one's, all of that is done.
                 self.ask(Tag::Leftover, "query-block-jobs", Value::Null);
                 self.poll_at = None;
-                self.release_guest();
             }
+        }
+    }
+
+    /// The monitor was connected anew: what was asked before is not answered any more.
+    pub fn reconnected(&mut self, now: Instant) {
+        self.polling = false;
+        if matches!(self.stage, Stage::Leaving { .. }) {
+            self.release_guest();
+            self.poll_at = Some(now);
         }
     }
 
@@ -61,6 +74,7 @@ impl Mirrors {
                 self.ask(Tag::Remove(index), "blockdev-del", arguments);
             }
         }
+        self.look_removed();
     }
 
     /// QEMU does not say whether the jobs are gone.
@@ -71,6 +85,10 @@ impl Mirrors {
 
     pub(super) fn removed(&mut self, index: usize) {
         self.disks[index].removed = true;
+        self.look_removed();
+    }
+
+    fn look_removed(&mut self) {
         if self.disks.iter().all(|disk| disk.removed) {
             self.stage = Stage::Gone;
             self.poll_at = None;
@@ -101,6 +119,28 @@ mod tests {
     fn questions(mirrors: &mut Mirrors) -> usize {
         let commands = mirrors.take_commands().into_iter();
         commands.filter(|ask| ask.tag == Tag::Leftover).count()
+    }
+
+    #[test]
+    fn sealed_mirrors_are_gone_when_the_guest_is_released() {
+        let now = Instant::now();
+        let mut mirrors = Mirrors::adopt(&["root".to_owned()]);
+        mirrors.stage = Stage::Sealed;
+        mirrors.abandon(now);
+        let asked: Vec<&str> = mirrors
+            .take_commands()
+            .iter()
+            .map(|ask| ask.command)
+            .collect();
+        let remove = "block-dirty-bitmap-remove";
+        assert_eq!(asked, [remove, remove, "query-block", "query-block-jobs"]);
+        assert!(!mirrors.are_gone());
+        // The connection breaks: all of it is asked again.
+        mirrors.reconnected(now);
+        mirrors.tick(now);
+        assert_eq!(mirrors.take_commands().len(), 4);
+        mirrors.replied(now, Tag::Leftover, &json!([]));
+        assert!(mirrors.are_gone());
     }
 
     #[test]
