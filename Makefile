@@ -26,7 +26,7 @@ REAL_QEMU_TESTS := $(AS_ROOT) $(CHECKED) --test faults --test real_qemu
 ON_ONE := $(addprefix --skip ,every_benchmark_runs users_of_an_application_feel traffic_is_counted \
 	vms_that_do_not_fit_together comma_copies_everything a_link_that_carries_less lll_starts_the_largest \
 	a_guest_that_boots_is_measured a_guest_that_writes_too_fast_to_its_disk \
-	a_link_carries_its_rate a_link_can_be_cut three_hosts_reach a_wan_has hosts_go_with \
+	a_link_carries_its_rate a_link_can_be_cut three_hosts_reach a_user_without_root a_wan_has hosts_go_with \
 	a_killed_testbed an_interrupted_testbed $(if $(wildcard /dev/kvm),tcg::))
 
 .DEFAULT_GOAL := help

@@ -457,6 +457,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
             register_address: app.host(app.register).control.to_string(),
             hold: self.plan.hold,
             scheme,
+            rests: self.plan.rests,
             parked: (self.plan.concurrency == Concurrency::TwoStages
                 && purpose == Purpose::Forward)
                 .then(|| parked_rate(app.allowance.for_move(), app.vms.len())),

@@ -19,6 +19,9 @@ pub struct Plan {
     /// Whether VMs are held until their group is released; without it each switches over as soon
     /// as it converges.
     pub hold: bool,
+    /// Whether a held VM whose pre-copy is in vain rests while others copy, as far as its QEMU does so:
+    /// with `muster`. What the papers' policies hold goes on sending what it dirties (VMbuddies 3.2).
+    pub rests: bool,
     /// Whether groups that have not started may be made anew in the move, from what was measured: those
     /// of `muster`, where the scheduler made them.
     pub may_change: bool,
@@ -117,6 +120,7 @@ pub fn plan(app: &Application, policy: Policy) -> Result<Plan, CannotRun> {
             };
             Plan {
                 concurrency,
+                rests: true,
                 ..plan
             }
         }
@@ -133,6 +137,7 @@ fn each_alone(app: &Application, concurrency: Concurrency) -> Plan {
         groups: app.vm_ids().map(alone).collect(),
         concurrency,
         hold: app.ends_by_rule || app.has_disks(),
+        rests: false,
         may_change: false,
         notes: Vec::new(),
     }
@@ -146,6 +151,7 @@ fn one_group(app: &Application, scheme: Scheme) -> Plan {
         }],
         concurrency: Concurrency::OneAfterAnother,
         hold: true,
+        rests: false,
         may_change: false,
         notes: Vec::new(),
     }
@@ -266,7 +272,7 @@ mod tests {
         let light = app("", &[("web", Some((1, 2))), ("db", Some((7, 15)))]);
         let found = plan(&light, Policy::Muster).expect("a plan");
         assert_eq!(sizes(&found), [2]);
-        assert!(found.hold);
+        assert!(found.hold && found.rests);
 
         // Two of these do not fit 32 MB/s together.
         let heavy = app("", &[("db1", Some((20, 22))), ("db2", Some((20, 22)))]);
@@ -324,6 +330,7 @@ mod tests {
         let app = app("", &[("web", None), ("db", Some((1, 2)))]);
         let found = plan(&app, Policy::Lll).expect("a plan");
         assert_eq!(found.groups[0].scheme, Scheme::InTurn);
+        assert!(!found.rests, "as published");
         assert!(found.notes[0].contains("web"), "{:?}", found.notes);
         assert!(!found.notes[0].contains("db"), "{:?}", found.notes);
     }

@@ -16,6 +16,7 @@ pub mod process;
 pub mod proof;
 pub mod qemu;
 pub mod qmp;
+pub mod rootless;
 pub mod signals;
 mod sys;
 pub mod ticks;

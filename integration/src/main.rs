@@ -18,6 +18,7 @@ use testbed::net::{Network, throughput};
 use testbed::process::Isolation;
 use testbed::proof::{self, ProofOptions};
 use testbed::qemu::{AccelChoice, Launch, Role, accel};
+use testbed::rootless::become_root;
 use testbed::signals::{Interrupt, Interrupted};
 use testbed::ticks::Collector;
 
@@ -77,7 +78,7 @@ enum Subcommands {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match run(arguments.command) {
+    match become_root().and_then(|()| run(arguments.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("muster-testbed: {error:#}");

@@ -71,6 +71,8 @@ pub struct GroupSpec {
     pub hold: bool,
     /// How the VMs share the bandwidth, and when each starts; without hold all start at once.
     pub scheme: Scheme,
+    /// Whether held VMs whose pre-copy is in vain rest while others copy.
+    pub rests: bool,
     /// For COMMA's two stages: the rate of a VM that waits for stage two. Its memory is copied once
     /// beside the other groups'; what follows waits for [`GroupRun::give_turn`].
     pub parked: Option<BytesPerSecond>,

@@ -114,6 +114,7 @@ impl GroupRun {
                 left_bytes,
                 dirty_rate,
                 max_dirty_rate: moving.max_dirty_rate.max(dirty_rate),
+                in_vain: moving.in_vain && self.spec.rests,
                 ..moving
             }
         };

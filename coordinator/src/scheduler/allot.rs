@@ -7,7 +7,8 @@
 //!
 //! A VM that is held keeps sending what it dirties: that comes off the bandwidth first. The rest is
 //! shared by those that copy, as the [`Scheme`] says. One that is held because it does not converge
-//! rests as long as others copy.
+//! rests as long as others copy where the policy wants that ([`Moving::in_vain`]); as the papers have it
+//! nobody rests.
 //!
 //! COMMA moves in two stages. In the first ([`bulk`]) everything is copied once. What a VM has dirtied
 //! meanwhile waits: it is *parked*, its stream kept open by [`parked_rate`], until its group's turn in
@@ -97,7 +98,8 @@ pub struct Moving {
     pub max_dirty_rate: f64,
     /// Writable working set in bytes, where it is known.
     pub working_set: Option<f64>,
-    /// Held because more pre-copy is in vain: what it sends is dirty again soon.
+    /// It is held because more pre-copy is in vain, as what it sends is dirty again soon, and the policy
+    /// lets it rest.
     pub in_vain: bool,
 }
 

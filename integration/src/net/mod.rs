@@ -41,7 +41,7 @@ const CONGESTION_CONTROLS: [&str; 2] = ["cubic", "reno"];
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
     /// A command of iproute2 failed.
-    #[error("`{command}` failed: {said}{}", root_hint())]
+    #[error("`{command}` failed: {said}")]
     Command {
         /// The command.
         command: String,
@@ -49,7 +49,7 @@ pub enum NetError {
         said: String,
     },
     /// A file could not be used.
-    #[error("{path}: {error}{}", root_hint())]
+    #[error("{path}: {error}")]
     File {
         /// The file.
         path: PathBuf,
@@ -78,14 +78,6 @@ pub enum NetError {
         /// Why.
         error: io::Error,
     },
-}
-
-fn root_hint() -> &'static str {
-    if nix::unistd::geteuid().is_root() {
-        ""
-    } else {
-        " (network namespaces need root: run it with sudo)"
-    }
 }
 
 /// Hosts and links of one testbed; all is removed when this is dropped.

@@ -150,6 +150,7 @@ pub const OTHER_CASES: &[(&str, OtherCase)] = &[
     ("a_link_carries_its_rate", network::link_rate),
     ("a_link_can_be_cut_and_restored", network::cut_and_restore),
     ("three_hosts_reach_each_other", network::three_hosts),
+    ("a_user_without_root_has_hosts_and_links", network::rootless),
     ("a_wan_has_time_rate_and_loss", app::wan),
     ("hosts_go_with_their_processes", network::hosts_go),
     (

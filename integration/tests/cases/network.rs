@@ -1,7 +1,10 @@
 //! Hosts and links in the kernel.
 
+use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rate_limiter::BytesPerSecond;
+use testbed::lab::program;
 use testbed::net::{Cut, Host, Network, remove_stale, throughput};
 use testbed::process::{PidFd, Process};
 
@@ -46,6 +50,37 @@ pub fn link_rate() -> Result<()> {
         carried.first.0 == "a" && carried.first.1.0 > 60_000_000,
         "{carried:?}"
     );
+    Ok(())
+}
+
+/// A user without root, and what the kernel lets users do decides what must come of it.
+pub fn rootless() -> Result<()> {
+    const NOBODY: u32 = 65534;
+    let directory = tempfile::Builder::new().prefix("muster-").tempdir()?;
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755))?;
+    let testbed = directory.path().join("muster-testbed");
+    std::fs::copy(program("muster-testbed", "MUSTER_TESTBED")?, &testbed)?;
+    let as_nobody = |program: &Path| {
+        let mut command = Command::new(program);
+        command.uid(NOBODY).gid(NOBODY).current_dir("/");
+        command
+    };
+    let probe = as_nobody(Path::new("unshare"))
+        .args(["--user", "--net", "--mount", "--map-root-user", "true"])
+        .output()?;
+    let output = as_nobody(&testbed)
+        .args(["link", "--rate", "200Mbit/s", "--seconds", "1"])
+        .output()?;
+    let said = [&output.stdout[..], &output.stderr[..]].concat();
+    let said = String::from_utf8_lossy(&said);
+    println!("{said}");
+    if probe.status.success() {
+        ensure!(output.status.success(), "{said}");
+        ensure!(said.contains("Mbit/s"), "{said}");
+    } else {
+        ensure!(output.status.code() == Some(1), "{said}");
+        ensure!(said.contains("unprivileged_userns_clone"), "{said}");
+    }
     Ok(())
 }
 

@@ -317,6 +317,35 @@ fn in_turn_the_next_one_starts_when_one_is_held() {
 }
 
 #[test]
+fn who_is_held_in_vain_rests_where_the_policy_says_so() {
+    let weight_of_web = |rests| {
+        let mut spec = spec(&["db", "web"], true);
+        (spec.scheme, spec.rests) = (Scheme::InTurn, rests);
+        spec.members[0].profile = dirties(20, 30);
+        spec.members[1].profile = dirties(8, 16);
+        let mut s = Script::new(spec);
+        s.prepared();
+        s.event(
+            A,
+            Event::Held {
+                vm: "web".into(),
+                reason: HoldReason::Stalled,
+                remaining_bytes: 4 * MB,
+                dirty_rate_bytes_per_s: 8 * MB,
+            },
+        );
+        let mut shares = s.sent.iter().rev().filter_map(|sent| match &sent.2 {
+            Command::Pace(args) => args.vms.get("web")?.weight,
+            _ => None,
+        });
+        shares.next().expect("a share")
+    };
+    // VMbuddies 3.2: its dirty rate of the 50 MB/s.
+    assert!((weight_of_web(false) - 16.0).abs() < 0.1);
+    assert!(weight_of_web(true) <= 1.0);
+}
+
+#[test]
 fn a_delayed_vm_starts_when_its_time_has_come() {
     let mut spec = spec(&["db", "web"], true);
     spec.scheme = Scheme::Delayed;

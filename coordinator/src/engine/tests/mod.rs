@@ -45,6 +45,7 @@ pub(super) fn spec(names: &[&str], hold: bool) -> GroupSpec {
         register_address: "unix:/register".into(),
         hold,
         scheme: Scheme::default(),
+        rests: true,
         parked: None,
         limits: Limits {
             max_downtime: Duration::from_millis(300),
