@@ -446,7 +446,7 @@ impl<'a, R: Randomness> Conductor<'a, R> {
                 min_write_rate: app.vm(id).min_write_rate,
                 max_throttle: app.vm(id).max_throttle.unwrap_or(app.max_throttle),
                 balloon: app.balloon_of(id),
-                profile: app.moved_profile(app.vm(id)),
+                profile: self.moved_profile(id),
             })
             .collect();
         let spec = GroupSpec {

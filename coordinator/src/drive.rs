@@ -22,7 +22,7 @@ use crate::preflight;
 use crate::report::assemble::{Times, assemble};
 use crate::report::predicted::predict;
 use crate::report::{Adaptation, AdaptationKind, MoveReport, Outcome};
-use crate::survey::{self, Wanted};
+use crate::survey::{self, Again, Wanted};
 
 /// The interrupt flag is looked at this often.
 const TICK: Duration = Duration::from_millis(50);
@@ -97,6 +97,7 @@ pub fn run(
             completed.vms[id.0].profile.disk.get_or_insert(Bytes(size));
         }
     }
+    let again = Again::new(app, &completed, &wanted);
     let app = &completed;
     let plan = plan(app, policy).map_err(|error| refused(&error))?;
     notes.extend(plan.notes.iter().cloned());
@@ -118,6 +119,7 @@ pub fn run(
         times: Times::default(),
         ended: HashSet::new(),
         planning: None,
+        again,
         adaptations: Vec::new(),
     };
     drive.run(&options.interrupt);
@@ -177,6 +179,8 @@ struct Drive<'a, 'o> {
     ended: HashSet<(HostId, Uuid)>,
     /// The search that is made beside the move.
     planning: Option<Receiver<Replanned>>,
+    /// What is measured beside the move.
+    again: Again,
     adaptations: Vec<Adaptation>,
 }
 
@@ -222,8 +226,15 @@ impl Drive<'_, '_> {
         self.progress();
     }
 
-    /// Takes the answer of a search beside the move, and begins another where one is asked for.
+    /// Takes what was measured beside the move, and the answer of a search; begins others where it is
+    /// time, or one is asked for.
     fn plan_again(&mut self) {
+        let waiting = self.conductor.waiting();
+        let measured = self.again.look(self.now(), &waiting);
+        if !measured.is_empty() {
+            self.conductor.handle_measured(measured);
+            self.carry_out();
+        }
         let found = self.planning.as_ref().map(Receiver::try_recv);
         match found {
             Some(Ok(found)) => {

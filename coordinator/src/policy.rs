@@ -19,8 +19,8 @@ pub struct Plan {
     /// Whether VMs are held until their group is released; without it each switches over as soon
     /// as it converges.
     pub hold: bool,
-    /// Whether a held VM whose pre-copy is in vain rests while others copy, as far as its QEMU does so:
-    /// with `muster`. What the papers' policies hold goes on sending what it dirties (VMbuddies 3.2).
+    /// Whether held VMs whose pre-copy is in vain rest while others copy. Those of the papers' policies go
+    /// on sending what they dirty (VMbuddies 3.2).
     pub rests: bool,
     /// Whether groups that have not started may be made anew in the move, from what was measured: those
     /// of `muster`, where the scheduler made them.
@@ -137,7 +137,7 @@ fn each_alone(app: &Application, concurrency: Concurrency) -> Plan {
         groups: app.vm_ids().map(alone).collect(),
         concurrency,
         hold: app.ends_by_rule || app.has_disks(),
-        rests: false,
+        rests: true,
         may_change: false,
         notes: Vec::new(),
     }

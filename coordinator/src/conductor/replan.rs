@@ -3,7 +3,8 @@
 //! - Groups of `muster` follow each other, and a group's run is made when it starts. So those that wait are
 //!   made anew when a path is found to carry something else: at once the way that takes milliseconds, and
 //!   by a whole search beside the move ([`Planning`]), whose answer counts if nothing has started
-//!   meanwhile. Where no two VMs fit any more they follow one another.
+//!   meanwhile. Where no two VMs fit any more they follow one another. The same where VMs that wait are
+//!   found to dirty something else than before.
 //! - Groups of `comma` are prepared together, and what is committed together stands from then on. When
 //!   stage one is over, and whenever a turn is over, the order of those that wait is made anew, from the
 //!   dirty sets and dirty rates that were measured (COMMA 3.5).
@@ -13,7 +14,7 @@ use std::collections::BTreeMap;
 use rate_limiter::BytesPerSecond;
 
 use super::{Conductor, Purpose, Randomness};
-use crate::application::{HostId, Link, VmId};
+use crate::application::{HostId, Link, VmId, VmProfile};
 use crate::engine::Step;
 use crate::policy::PlannedGroup;
 use crate::scheduler::allot::{Moving, Scheme};
@@ -26,6 +27,8 @@ use crate::scheduler::schedule::{Limits, Load, by_start, delayed};
 
 /// A path's rate has to differ by this part of itself for a new plan.
 const CHANGE: f64 = 0.1;
+/// A dirty rate, too, and by this part of the bandwidth: small rates differ by much, and mean little.
+const OF_BANDWIDTH: f64 = 0.02;
 /// Another order of the turns has to cost less than this part of the one that stands.
 const BETTER: f64 = 0.95;
 /// Up to so many groups are ordered anew between turns.
@@ -36,6 +39,10 @@ const TURNS: usize = 10;
 pub(super) struct Replan {
     /// The narrow paths that the plan knows of.
     known: BTreeMap<Path, BytesPerSecond>,
+    /// What was measured of VMs that wait, since the plan was first made.
+    measured: BTreeMap<VmId, VmProfile>,
+    /// One of them dirties something else.
+    is_news: bool,
     /// A search that is to be made.
     asked: Option<Planning>,
     /// Counts changes of what waits: an answer to an older question is of no use.
@@ -92,16 +99,65 @@ impl<R: Randomness> Conductor<'_, R> {
         }
     }
 
-    /// What waits is planned anew, where a path has changed enough.
+    /// VMs whose groups wait, and may still be made anew.
+    #[must_use]
+    pub fn waiting(&self) -> Vec<VmId> {
+        let is_forward = self.waiting.iter().all(|one| one.1 == Purpose::Forward);
+        if !self.plan.may_change || !is_forward {
+            return Vec::new();
+        }
+        let groups = self.waiting.iter().map(|one| &self.plan.groups[one.0]);
+        groups.flat_map(|group| group.vms.clone()).collect()
+    }
+
+    /// What was measured of VMs that wait.
+    pub fn handle_measured(&mut self, found: Vec<(VmId, VmProfile)>) {
+        let waiting = self.waiting();
+        for (vm, profile) in found {
+            if waiting.contains(&vm) {
+                self.replan.is_news |= self.is_other(&self.profile(vm), &profile);
+                self.replan.measured.insert(vm, profile);
+            }
+        }
+        if self.replan.is_news {
+            self.plan_again();
+        }
+    }
+
+    /// What is known of a VM before it moves: what was measured last.
+    fn profile(&self, vm: VmId) -> VmProfile {
+        let measured = self.replan.measured.get(&vm).copied();
+        measured.unwrap_or(self.app.vm(vm).profile)
+    }
+
+    /// The same as it moves, with what is taken from its guest.
+    pub(super) fn moved_profile(&self, vm: VmId) -> VmProfile {
+        let mut known = self.app.vm(vm).clone();
+        known.profile = self.profile(vm);
+        self.app.moved_profile(&known)
+    }
+
+    #[allow(clippy::cast_precision_loss, reason = "rates far below 2^53")]
+    fn is_other(&self, before: &VmProfile, now: &VmProfile) -> bool {
+        let little = self.app.allowance.for_move().0 as f64 * OF_BANDWIDTH;
+        let differ = |rate: fn(&VmProfile) -> Option<BytesPerSecond>| {
+            let [before, now] = [before, now].map(|of| rate(of).map_or(0.0, |rate| rate.0 as f64));
+            (now - before).abs() > (CHANGE * before).max(little)
+        };
+        differ(|of| of.dirty_rate) || differ(|of| of.max_dirty_rate)
+    }
+
+    /// What waits is planned anew, where a path or a VM has changed enough.
     pub(super) fn plan_again(&mut self) {
         let narrow: BTreeMap<Path, BytesPerSecond> = self.paths.narrow().collect();
-        let is_forward = self.waiting.iter().all(|one| one.1 == Purpose::Forward);
-        if !self.plan.may_change || !is_forward || self.waiting.is_empty() || !self.differs(&narrow)
-        {
+        if self.waiting().is_empty() || !(self.differs(&narrow) || self.replan.is_news) {
             return;
         }
         let app = self.app;
         let mut outline = app.outline();
+        for &vm in self.replan.measured.keys() {
+            outline.vms[vm.0].profile = self.moved_profile(vm);
+        }
         // The reserve comes off a link's rate, and is off these.
         let reserve = app.allowance.reserve.0;
         outline.links.extend(narrow.iter().map(|(path, rate)| Link {
@@ -113,6 +169,7 @@ impl<R: Randomness> Conductor<'_, R> {
             return;
         };
         self.replan.known = narrow;
+        self.replan.is_news = false;
         let groups: Vec<Vec<usize>> = self
             .waiting
             .iter()

@@ -259,6 +259,7 @@ fn prepare(spec: &GroupSpec, role: Role, host: HostId) -> PrepareArgs {
         report_interval_ms: ms(limits.report_interval),
         max_downtime_ms: ms(limits.max_downtime),
         hold: spec.hold,
+        resend: !spec.rests,
         throttle: limits.on_non_convergence == OnNonConvergence::Throttle,
         multifd_channels: limits.multifd_channels,
         termination: limits.termination,

@@ -108,7 +108,14 @@ impl GroupRun {
                 true => 0.0,
                 false => vm.disk_rate_bytes_per_s as f64,
             };
-            let dirty_rate = moving.dirty_rate + disks;
+            // A working set that is not sent again is dirty, and what is measured of it is little.
+            let memory = match moving.progress {
+                Progress::Held if !self.spec.rests => {
+                    moving.dirty_rate.max(moving.nominal_dirty_rate)
+                }
+                _ => moving.dirty_rate,
+            };
+            let dirty_rate = memory + disks;
             Moving {
                 progress,
                 left_bytes,

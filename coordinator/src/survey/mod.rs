@@ -2,11 +2,13 @@
 //!
 //! - `paths`: the bandwidth between the hosts, by probes that are bounded in time and bytes.
 //! - `loads`: what a VM dirties, by the measurement that `muster dirty` shows.
+//! - `again`: the same of VMs whose groups wait, while others move.
 //! - [`crate::traffic`]: what the VMs send each other, where the file tells them apart.
 //!
 //! What the file says stands. Of a bandwidth that is given and probed as well, the lower counts.
 //! What cannot be measured is said in a note, and the plan goes on without it as far as it can.
 
+mod again;
 mod loads;
 mod paths;
 
@@ -21,6 +23,7 @@ use crate::client::Client;
 use crate::scheduler::plan::Stage;
 use crate::traffic::{self, Counted};
 
+pub use again::Again;
 pub use loads::{INTERVAL, INTERVALS};
 
 /// Traffic is counted for so long.

@@ -88,6 +88,7 @@ impl Driver {
                 report_interval_ms: 1000,
                 max_downtime_ms: 300,
                 hold,
+                resend: false,
                 throttle: false,
                 disk_stall_ms: 2000,
                 multifd_channels: 0,

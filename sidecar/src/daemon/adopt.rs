@@ -44,6 +44,7 @@ impl Daemon {
             max_downtime: run.max_downtime,
             hold: note.hold,
             throttle: false,
+            resend: false,
             multifd_channels: 0,
             termination: note.termination(),
             transport: Transport::Relay,

@@ -321,6 +321,7 @@ impl Daemon {
             max_downtime: Duration::from_millis(args.max_downtime_ms),
             hold: args.hold,
             throttle: args.throttle,
+            resend: args.resend,
             multifd_channels: args.multifd_channels,
             termination: args.termination,
             transport: Transport::Relay,

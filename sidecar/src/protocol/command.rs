@@ -47,6 +47,11 @@ pub struct PrepareArgs {
     /// soon as it converges (the sequential and parallel baselines).
     #[serde(default = "default_true")]
     pub hold: bool,
+    /// Whether VMs that are held because more pre-copy is in vain go on sending all that they dirty,
+    /// as VMbuddies has it (3.2); without it a QEMU that holds by itself rests between two
+    /// transfers. Since 1.6.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub resend: bool,
     /// Whether `throttle` may be used in this run (auto-converge is switched on for it).
     #[serde(default)]
     pub throttle: bool,
@@ -333,6 +338,12 @@ fn default_report_interval_ms() -> u64 {
 
 fn default_max_downtime_ms() -> u64 {
     300
+}
+
+/// Older sidecars refuse what they do not know.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// Sidecars of protocol 1.0 know no other, and refuse what they do not know.

@@ -69,6 +69,30 @@ fn stopped(world: &World) -> Vec<u64> {
 }
 
 #[test]
+fn what_is_held_in_vain_rests_or_sends_on() {
+    for (resend, held, armed) in [(false, 300, 300), (true, 2_000_000, 300)] {
+        let settings = Settings {
+            throttle: false,
+            resend,
+            ..settings(true)
+        };
+        let make = |now| VmHalf::Source(Box::new(Source::new(now, "db".into(), VM, settings)));
+        let mut world = World::new(make, "running");
+        world.qemu.patch();
+        world.up_to(Phase::Precopy);
+        world.holds("stalled");
+        let limit = |world: &World| world.qemu.parameters["downtime-limit"].as_u64();
+        assert_eq!(limit(&world), Some(held));
+        world.does(|source, now| source.arm(now));
+        assert_eq!(limit(&world), Some(armed));
+        world.qemu.syncs += 1;
+        world.pass(Duration::from_millis(50));
+        world.does(|source, now| source.disarm(now));
+        assert_eq!(limit(&world), Some(held));
+    }
+}
+
+#[test]
 fn it_holds_goes_back_and_goes_on() {
     for transport in [Transport::Relay, Transport::Direct] {
         let mut world = source(transport);

@@ -27,6 +27,7 @@ pub fn settings(hold: bool) -> Settings {
     Settings {
         max_downtime: Duration::from_millis(300),
         hold,
+        resend: false,
         throttle: true,
         multifd_channels: 0,
         termination: Termination::default(),

@@ -89,6 +89,35 @@ fn a_path_that_carries_it_again_puts_them_together_again() {
 }
 
 #[test]
+fn guests_that_dirty_more_than_they_did_are_planned_anew() {
+    let guests = guests();
+    let app = app_of(&guests);
+    let mut world = World::with(&app, Policy::Muster, &guests);
+    assert_eq!(world.groups(), [["web"]]);
+    assert_eq!(world.conductor.waiting(), [VmId(1), VmId(2)]);
+    let mut profile = app.vm(VmId(1)).profile;
+    let rate = |mb: u64| Some(BytesPerSecond(mb * 1_000_000));
+    // As before, or nearly.
+    profile.dirty_rate = rate(10);
+    world.conductor.handle_measured(vec![(VmId(1), profile)]);
+    assert!(world.conductor.poll_planning().is_none());
+    // They do not fit 32 MB/s together any more.
+    (profile.dirty_rate, profile.max_dirty_rate) = (rate(25), rate(28));
+    world
+        .conductor
+        .handle_measured(vec![(VmId(1), profile), (VmId(0), profile)]);
+    assert!(world.conductor.poll_planning().is_some());
+    assert_eq!(world.end(), Outcome::Committed);
+    let groups = world.groups();
+    assert_eq!(groups.len(), 3, "{groups:?}");
+    let started = world.conductor.started().iter();
+    let members = started.flat_map(|started| &started.group.spec().members);
+    let mut known = members.filter(|member| member.profile.dirty_rate == rate(25));
+    assert_eq!(known.next().expect("one").name, "db1");
+    assert!(known.next().is_none(), "web has started");
+}
+
+#[test]
 fn an_answer_to_an_older_question_is_not_taken() {
     let guests = guests();
     let app = app_of(&guests);

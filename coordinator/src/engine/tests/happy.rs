@@ -245,6 +245,31 @@ fn who_is_throttled_stays_throttled() {
 }
 
 #[test]
+fn a_patched_group_is_armed_when_it_fits_and_another_when_little_is_left() {
+    for (build, waits_ms) in [(QemuBuild::Patched, 0), (QemuBuild::Stock, 600)] {
+        let mut s = Script::new(spec(&["web"], true));
+        s.build = build;
+        s.up_to("precopy");
+        s.took();
+        // 200 of 300 ms.
+        s.each(A, |vm| Event::Held {
+            vm,
+            reason: HoldReason::Converged,
+            remaining_bytes: 10 * MB,
+            dirty_rate_bytes_per_s: MB,
+        });
+        let is_armed = |s: &mut Script| s.took().contains(&(A, "arm"));
+        assert_eq!(is_armed(&mut s), waits_ms == 0, "{build}");
+        if waits_ms > 0 {
+            s.pass(Duration::from_millis(waits_ms - 1));
+            assert!(!is_armed(&mut s), "{build}");
+            s.pass(Duration::from_millis(1));
+            assert!(is_armed(&mut s), "{build}");
+        }
+    }
+}
+
+#[test]
 fn without_a_horizon_a_hopeless_group_is_forced_at_its_first_arming() {
     let mut spec = spec(&["web"], true);
     spec.limits.on_non_convergence = OnNonConvergence::Force;

@@ -65,6 +65,8 @@ pub struct Settings {
     pub max_downtime: Duration,
     /// Keep in wait-and-copy until released.
     pub hold: bool,
+    /// What is held in vain goes on sending what it dirties.
+    pub resend: bool,
     /// Allow throttling.
     pub throttle: bool,
     /// multifd channels, 0 for none.

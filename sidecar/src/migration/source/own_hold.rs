@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{RELEASE_DEADLINE, Source, Tag};
+use super::{ANY_DOWNTIME_MS, RELEASE_DEADLINE, Source, Tag};
 use crate::commit::SourceHalf;
 use crate::hold::Sample;
 use crate::migration::Now;
@@ -55,9 +55,24 @@ impl Source {
         }
     }
 
+    /// What is held in vain sends all that is dirtied, or rests between two transfers: QEMU rests while
+    /// more than its downtime-limit allows is left (`hold_send` in QEMU's migration/switchover-hold.c).
+    pub(super) fn resend(&mut self, now: Now, on: bool) {
+        if !self.settings.resend {
+            return;
+        }
+        let limit = if on {
+            ANY_DOWNTIME_MS
+        } else {
+            crate::hold::millis(self.settings.max_downtime)
+        };
+        self.tune(now, json!({ "downtime-limit": limit }));
+    }
+
     /// Synchronises every few ms from now on, or as before.
     pub(super) fn arm_hold(&mut self, now: Now, enable: bool) {
         let tag = if enable { Tag::Arm } else { Tag::Disarm };
+        self.resend(now, !enable);
         let arguments = json!({ "enable": enable });
         self.send(now, tag, "migrate-switchover-arm", arguments);
     }

@@ -138,8 +138,10 @@ impl Source {
         let remaining_bytes = self.left_bytes(sample.map_or(0, |s| s.remaining_bytes));
         let dirty_rate = sample.map_or(0, |s| s.dirty_rate_bytes_per_s);
         self.half.enter(now, Phase::Held);
-        // A patched QEMU sleeps by itself.
-        if self.hold != HoldBy::Qemu {
+        if self.hold == HoldBy::Qemu {
+            // It sleeps by itself.
+            self.resend(now, true);
+        } else {
             let pacer = HoldPacer::new(dirty_rate);
             self.tune(now, json!({ "max-bandwidth": pacer.current() }));
             self.pacer = Some(pacer);
