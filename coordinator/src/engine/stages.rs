@@ -109,7 +109,7 @@ impl GroupRun {
                 false => vm.disk_rate_bytes_per_s as f64,
             };
             // A working set that is not sent again is dirty, and what is measured of it is little.
-            let memory = match moving.progress {
+            let memory = match progress {
                 Progress::Held if !self.spec.rests => {
                     moving.dirty_rate.max(moving.nominal_dirty_rate)
                 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use coordinator::application::Policy;
 use coordinator::engine::Step;
 use coordinator::observer::{GroupName, Observer};
-use coordinator::report::{GroupMove, MoveReport, Outcome, VmMove};
+use coordinator::report::{AdaptationKind, GroupMove, MoveReport, Outcome, VmMove};
 use rate_limiter::BytesPerSecond;
 use sidecar::protocol::types::Phase;
 use testbed::clock::Micros;
@@ -106,8 +106,17 @@ pub fn two_stages(accel: Accel) -> Result<()> {
     let mut turns = Turns::default();
     let report = go(&lab, Policy::Comma, "a", "b", &mut turns)?;
     ensure!(report.result == Outcome::Committed, "{:?}", report.reason);
-    let [first, second] = &report.groups[..] else {
+    let [before, after] = &report.groups[..] else {
         anyhow::bail!("{} groups", report.groups.len());
+    };
+    let turn_of = |group| turns.at(group, |step| *step == Step::Turn);
+    let (first, second) = if turn_of(before)? < turn_of(after)? {
+        (before, after)
+    } else {
+        // By what was dirtied in stage one the other order was the better one, and that is told.
+        let mut told = report.adaptations.iter();
+        ensure!(told.any(|one| one.kind == AdaptationKind::Plan));
+        (after, before)
     };
 
     let bulks: Result<Vec<(f64, f64)>> = report.vms.iter().map(bulk).collect();
