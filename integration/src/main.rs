@@ -78,13 +78,21 @@ enum Subcommands {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match become_root().and_then(|()| run(arguments.command)) {
+    match start(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("muster-testbed: {error:#}");
             ExitCode::from(if error.is::<Interrupted>() { 130 } else { 1 })
         }
     }
+}
+
+fn start(command: Subcommands) -> Result<()> {
+    // One guest alone needs no host.
+    if !matches!(command, Subcommands::Guest { .. }) {
+        become_root()?;
+    }
+    run(command)
 }
 
 fn run(command: Subcommands) -> Result<()> {

@@ -22,7 +22,11 @@ pub struct Again {
     under_way: Option<Receiver<Vec<(VmId, VmProfile)>>>,
     next_at: Duration,
     stop: Arc<AtomicU8>,
+    measure: Measure,
 }
+
+/// What could be measured of these VMs, until it is to stop.
+type Measure = fn(&Application, Vec<VmId>, &AtomicU8) -> Vec<(VmId, VmProfile)>;
 
 impl Again {
     /// For the VMs that were measured before the move: what the file says of others stands. `file` is the
@@ -43,6 +47,7 @@ impl Again {
             under_way: None,
             next_at: EVERY,
             stop: Arc::default(),
+            measure,
         }
     }
 
@@ -62,6 +67,7 @@ impl Again {
         if now >= self.next_at && !vms.is_empty() {
             let (answer, receiver) = channel();
             let (app, stop) = (Arc::clone(&self.app), Arc::clone(&self.stop));
+            let measure = self.measure;
             std::thread::spawn(move || {
                 // Nobody may listen any more.
                 let _ = answer.send(measure(&app, vms, &stop));
@@ -94,4 +100,81 @@ fn measure(app: &Application, vms: Vec<VmId>, stop: &AtomicU8) -> Vec<(VmId, VmP
         Some((id, profile))
     });
     profiles.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use rate_limiter::BytesPerSecond;
+
+    use super::*;
+
+    const FILE: &str = r#"
+        version = 1
+        application = { name = "shop", bandwidth = "50MB/s" }
+        host = [{ name = "a", control = "unix:/a" }, { name = "b", control = "unix:/b" }]
+        vm = [
+          { name = "web", uuid = "00000000-0000-0000-0000-000000000001", from = "a", to = "b" },
+          { name = "db", uuid = "00000000-0000-0000-0000-000000000002", from = "a", to = "b" },
+        ]
+    "#;
+
+    /// Each is found to dirty 7 B/s, and to be known as the file has it.
+    fn seven(app: &Application, vms: Vec<VmId>, _stop: &AtomicU8) -> Vec<(VmId, VmProfile)> {
+        let found = vms.into_iter().map(|id| {
+            let mut profile = app.vm(id).profile;
+            assert_eq!(
+                profile.dirty_rate, None,
+                "measured before, and not the file's"
+            );
+            profile.dirty_rate = Some(BytesPerSecond(7));
+            (id, profile)
+        });
+        found.collect()
+    }
+
+    fn wait(again: &mut Again, now: Duration, waiting: &[VmId]) -> Vec<(VmId, VmProfile)> {
+        for _ in 0..5000 {
+            let found = again.look(now, waiting);
+            if !found.is_empty() || again.under_way.is_none() {
+                return found;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("it does not end");
+    }
+
+    #[test]
+    fn who_waits_and_was_measured_is_measured_again_every_ten_seconds() {
+        let file = Application::parse(FILE, Path::new("test")).expect("good");
+        let mut known = file.clone();
+        known.vms[1].profile.dirty_rate = Some(BytesPerSecond(3));
+        let wanted = Wanted {
+            bandwidth: false,
+            vms: vec![VmId(1)],
+            dirty_set: false,
+            traffic: false,
+        };
+        let mut again = Again::new(&file, &known, &wanted);
+        again.measure = seven;
+        let both = [VmId(0), VmId(1)];
+        let second = Duration::from_secs(1);
+        assert!(again.look(EVERY - second, &both).is_empty());
+        assert!(again.under_way.is_none(), "it is not time");
+        assert!(again.look(EVERY, &[VmId(0)]).is_empty());
+        assert!(again.under_way.is_none(), "the file says what web does");
+        assert!(again.look(EVERY, &both).is_empty());
+        assert!(again.under_way.is_some());
+        let found = wait(&mut again, EVERY + 5 * second, &both);
+        let rates: Vec<_> = found.iter().map(|one| (one.0, one.1.dirty_rate)).collect();
+        assert_eq!(rates, [(VmId(1), Some(BytesPerSecond(7)))]);
+        assert!(again.look(2 * EVERY, &both).is_empty());
+        assert!(again.under_way.is_none(), "ten seconds from its end");
+        assert!(again.look(2 * EVERY + 5 * second, &both).is_empty());
+        assert!(again.under_way.is_some());
+        let stop = Arc::clone(&again.stop);
+        drop(again);
+        assert_eq!(stop.load(Ordering::Relaxed), 1);
+    }
 }

@@ -6,10 +6,16 @@ use super::*;
 use sidecar::protocol::types::{QemuBuild, Role};
 
 fn source(transport: Transport) -> World {
-    let settings = Settings {
-        throttle: false,
+    source_with(Settings {
         transport,
         ..settings(true)
+    })
+}
+
+fn source_with(settings: Settings) -> World {
+    let settings = Settings {
+        throttle: false,
+        ..settings
     };
     let make = |now| VmHalf::Source(Box::new(Source::new(now, "db".into(), VM, settings)));
     let mut world = World::new(make, "running");
@@ -71,14 +77,10 @@ fn stopped(world: &World) -> Vec<u64> {
 #[test]
 fn what_is_held_in_vain_rests_or_sends_on() {
     for (resend, held, armed) in [(false, 300, 300), (true, 2_000_000, 300)] {
-        let settings = Settings {
-            throttle: false,
+        let mut world = source_with(Settings {
             resend,
             ..settings(true)
-        };
-        let make = |now| VmHalf::Source(Box::new(Source::new(now, "db".into(), VM, settings)));
-        let mut world = World::new(make, "running");
-        world.qemu.patch();
+        });
         world.up_to(Phase::Precopy);
         world.holds("stalled");
         let limit = |world: &World| world.qemu.parameters["downtime-limit"].as_u64();

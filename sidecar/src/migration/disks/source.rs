@@ -115,7 +115,7 @@ pub struct Mirrors {
     /// Mirrors that are complete are held back: what is written is sent later.
     hold_back: bool,
     count_at: Option<Instant>,
-    /// What an earlier life of this sidecar has done to them is not known.
+    /// What an earlier life of this sidecar, or connection, has done to them is not known.
     is_adopted: bool,
     /// Bytes of NBD that have gone to the destination.
     pub sent_bytes: u64,
